@@ -102,7 +102,7 @@ class Checkpoints:
             config=ocp.args.JsonSave(self._run_config),
             manifest=ocp.args.JsonSave(manifest({"params": state.params, "state": rest})),
         )
-        with self._reporting(f"checkpoint of step {step}"):
+        with self.reporting(f"checkpoint of step {step}"):
             self._manager.save(step, args=args)
 
     def save_snapshot(self, step: int, params: Any):
@@ -113,13 +113,13 @@ class Checkpoints:
             params=ocp.args.StandardSave(params),
             manifest=ocp.args.JsonSave(manifest({"params": params})),
         )
-        with self._reporting(f"snapshot of step {step}"):
+        with self.reporting(f"snapshot of step {step}"):
             self._snapshots.save(step, args=args)
 
     def wait(self):
         """Blocks until everything is on disk; raises ``CheckpointError`` if a write failed."""
         for manager in self._managers():
-            with self._reporting("checkpoint"):
+            with self.reporting("checkpoint"):
                 manager.wait_until_finished()
 
     def close(self):
@@ -135,20 +135,18 @@ class Checkpoints:
         return [m for m in (self._manager, self._snapshots) if m is not None]
 
     @contextlib.contextmanager
-    def _reporting(self, what: str):
+    def reporting(self, what: str):
+        """Turns a failed write of ``what`` into a ``CheckpointError`` that says what is intact."""
         try:
             yield
         # Orbax reports a failed write by whatever exception the storage layer used.
         except Exception as error:
-            complete = self._complete_steps()
+            complete = steps_in(self.workdir / CHECKPOINTS)
             intact = f"step {complete[-1]} is intact" if complete else "none was written before"
             raise CheckpointError(
                 f"could not write the {what} under {self.workdir}: {first_line(error)}; "
                 f"last complete checkpoint: {intact}"
             ) from error
-
-    def _complete_steps(self) -> list[int]:
-        return steps_in(self.workdir / CHECKPOINTS)
 
     def restore_latest(self, abstract_state: TrainState) -> Restored | None:
         """Restores the newest checkpoint that is whole; returns None when there is none at all.
@@ -291,8 +289,7 @@ def _restore_params(directory: Path, shardings: Any) -> Any:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    files = sorted((directory / "manifest").iterdir())
-    return json.loads(files[0].read_text())
+    return json.loads((directory / "manifest" / "metadata").read_text())
 
 
 def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:

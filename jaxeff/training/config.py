@@ -15,6 +15,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from ml_collections import ConfigDict
+
 T = TypeVar("T")
 
 
@@ -47,6 +49,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
       ConfigError: for an unknown key (with the nearest valid one), a missing required key, or a
         value that does not have the type of its field.
     """
+    values = as_dict(values)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls)
     kwargs = {}
@@ -164,7 +167,7 @@ def override(values: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[st
     Raises:
       ConfigError: when a dotted name does not exist, with the nearest name that does.
     """
-    result = _to_dict(values)
+    result = as_dict(values)
     for dotted, text in overrides.items():
         *parents, last = dotted.split(".")
         node, path = result, "config"
@@ -188,9 +191,12 @@ def _child(node: Any, key: str, path: str) -> Any:
     return node[key]
 
 
-def _to_dict(values: Any) -> Any:
+def as_dict(values: Any) -> Any:
+    """Returns a ``ConfigDict``, or any nest of mappings, as nested plain dicts."""
+    if isinstance(values, ConfigDict):
+        values = values.to_dict()
     if isinstance(values, Mapping):
-        return {k: _to_dict(v) for k, v in values.items()}
+        return {k: as_dict(v) for k, v in values.items()}
     return values
 
 

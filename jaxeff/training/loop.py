@@ -340,8 +340,9 @@ class _Run:
         return rates
 
     def _write(self, kind: str, metrics: Mapping[str, float]) -> None:
-        for writer in self.writers:
-            writer.write(kind, self.step, metrics)
+        with self.checkpoints.reporting("metrics"):
+            for writer in self.writers:
+                writer.write(kind, self.step, metrics)
         self.progress.show(kind, self.step, metrics)
 
     def _evaluate(self) -> None:
@@ -352,8 +353,7 @@ class _Run:
             self.evaluation |= {f"{name}_ema_{rate}": v for name, v in averaged.items()}
         self.evaluated_at = self.step
         self._write("eval", self.evaluation)
-        if self.is_main:
-            plot_curves(self.workdir)
+        self._plot()
 
     def _save(self) -> None:
         # Metrics first: a state that is not finite must not become a checkpoint, and a controller
@@ -377,8 +377,12 @@ class _Run:
         if self.evaluated_at != self.step:
             self._evaluate()
         self._save()
+        self._plot()
+
+    def _plot(self) -> None:
         if self.is_main:
-            plot_curves(self.workdir)
+            with self.checkpoints.reporting("curves"):
+                plot_curves(self.workdir)
 
     def _profile(self) -> None:
         first = self.training.profile_from
