@@ -142,10 +142,10 @@ class ProgressBar(NoProgress):
             )
             self._bar.update(self._task, completed=step, status=status)
             return
-        self._console.print(f"{kind:5s} {step:>7d}/{self._num_steps}  {text}", highlight=False)
+        self._console.print(f"{kind:5s} {step:>7d}/{self._num_steps}  {text}", highlight=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _short(value: float) -> str:
