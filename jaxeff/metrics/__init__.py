@@ -1,0 +1,1 @@
+"""Measures of quality, and the baselines they are compared with."""
