@@ -86,7 +86,7 @@ def build_experiment(name: str, values: Mapping[str, Any]) -> Experiment:
     }
     values = {section: {} for section in sections} | values
     # The sections' types depend on the task, so they are built first and checked with the rest.
-    for section, cls in sections.items():
+    for section, cls in reversed(sections.items()):
         values[section] = build(cls, values[section] or {}, f"config.{section}")
     return build(Experiment, values)
 

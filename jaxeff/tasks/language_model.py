@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -83,6 +84,17 @@ def make_task(experiment: Experiment) -> LanguageModelTask:
     return LanguageModelTask(
         experiment.model, experiment.data, experiment.options, seed=experiment.seed
     )
+
+
+@contextlib.contextmanager
+def _data_settings():
+    """Reports what the data room refuses as a mistake in the config."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"config.data: {error}") from error
 
 
 class LanguageModelTask:
@@ -201,9 +213,10 @@ class LanguageModelTask:
     @functools.cached_property
     def streams(self) -> tuple[TokenStream, TokenStream]:
         """The tokenised training and held-out texts."""
-        corpus = load_corpus(self.data)
-        train = tokenize(corpus.train, self.tokenizer, self.data.cache_dir)
-        heldout = tokenize(corpus.heldout, self.tokenizer, self.data.cache_dir)
+        with _data_settings():
+            corpus = load_corpus(self.data)
+            train = tokenize(corpus.train, self.tokenizer, self.data.cache_dir)
+            heldout = tokenize(corpus.heldout, self.tokenizer, self.data.cache_dir)
         log.info(
             "corpus %s: %d training tokens in %d documents, %d held-out tokens in %d",
             self.data.corpus, train.num_tokens, train.num_documents, heldout.num_tokens,
@@ -213,13 +226,15 @@ class LanguageModelTask:
 
     def train_iterator(self, shard_index: int, shard_count: int) -> TrainIterator:
         """Returns one host's rows of the training batches."""
-        return make_train_iterator(
-            self.streams[0],
-            self.data,
-            seed=self._seed,
-            process_index=shard_index,
-            process_count=shard_count,
-        )
+        train, _ = self.streams
+        with _data_settings():
+            return make_train_iterator(
+                train,
+                self.data,
+                seed=self._seed,
+                process_index=shard_index,
+                process_count=shard_count,
+            )
 
     def _eval_batches(self, shard_index: int = 0, shard_count: int = 1):
         return eval_batches(

@@ -379,6 +379,11 @@ def check_workdir(workdir: str | os.PathLike, state_bytes: int, keep: int) -> No
     Raises:
       CheckpointError: when the directory cannot be written, or the disk has too little room.
     """
+    if "://" in str(workdir):
+        raise CheckpointError(
+            f"workdir {workdir} is a URL; expected a directory. Mount the bucket (gcsfuse, s3fs) "
+            "where every host sees it"
+        )
     workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -173,14 +173,17 @@ def override(values: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[st
         node, path = result, "config"
         for parent in parents:
             if isinstance(node, Mapping) and parent in node and node[parent] is None:
-                node[parent] = {}
+                node[parent] = _Opened()
             node = _child(node, parent, path)
             path = f"{path}.{parent}"
-        # An optional sub-config that was None has no keys to compare with; `build` checks them.
-        if node:
+        if not isinstance(node, _Opened):
             _child(node, last, path)
         node[last] = CommandLineText(text)
     return result
+
+
+class _Opened(dict):
+    """An optional section that was None: it has no keys to compare with; ``build`` checks them."""
 
 
 def _child(node: Any, key: str, path: str) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import signal
 import threading
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,6 +57,24 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def check_same_everywhere(what: str, value: Any) -> None:
+    """Checks that all processes hold the same JSON-able value; every process must call it.
+
+    Raises:
+      ConfigError: when they do not.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    different = [i for i, other in enumerate(digests) if not np.array_equal(other, digests[0])]
+    if different:
+        raise ConfigError(
+            f"{what} of processes {different} is not that of process 0: all hosts must read the "
+            "same files"
+        )
 
 
 class StopRequest:

@@ -28,7 +28,7 @@ from jaxeff.training.checkpoints import (
 from jaxeff.training.chips import peak_flops
 from jaxeff.training.config import CheckpointConfig, MeshConfig, OptimizerConfig, TrainingConfig
 from jaxeff.training.controllers import Controller, Plan, ScheduleController
-from jaxeff.training.distributed import StopRequest
+from jaxeff.training.distributed import StopRequest, check_same_everywhere
 from jaxeff.training.mesh import (
     MeshPlacement,
     batch_sharding,
@@ -201,6 +201,7 @@ class _Run:
         self.checkpoints = Checkpoints(workdir, trainer.checkpoint, run_config)
         restored = self.checkpoints.restore_latest(trainer.abstract_state)
         self.data = trainer.task.train_iterator(self.place.shard_index, self.place.shard_count)
+        check_same_everywhere("the training data", self.data.get_state())
         if restored is None:
             self.state = trainer.init_state()
         else:

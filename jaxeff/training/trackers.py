@@ -142,9 +142,10 @@ class ProgressBar(NoProgress):
             )
             self._bar.update(self._task, completed=step, status=status)
             return
-        self._console.print(f"{kind:5s} {step:>7d}/{self._num_steps}  {text}", highlight=False, soft_wrap=True)
+        self.message(f"{kind:5s} {step:>7d}/{self._num_steps}  {text}")
 
     def message(self, text: str) -> None:
+        # Without soft_wrap lines would be cut at the 80 columns of a terminal that is not there.
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
