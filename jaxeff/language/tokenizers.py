@@ -27,7 +27,8 @@ _USUAL_NAMES = {
 class Tokenizer(Protocol):
     """What training data and generation ask of a tokenizer.
 
-    `bos_id` and `eos_id` are None where the vocabulary has no such token; `pad_id` is always an id.
+    `bos_id` and `eos_id` are None where the vocabulary has no such token, and `encode` then adds
+    none; `pad_id` is always an id. Ids that stand for no text decode to nothing.
     """
 
     vocab_size: int
@@ -73,15 +74,12 @@ class ByteTokenizer:
         return _surround(ids, self.bos_id if add_bos else None, self.eos_id if add_eos else None)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Returns the bytes among `ids`; special ids are left out.
+        """Returns the bytes among `ids`; ids from 256 on are left out.
 
         Raises:
-          ValueError: an id outside the vocabulary.
+          ValueError: a negative id.
         """
         ids = _id_vector(ids)
-        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if outside.size:
-            raise ValueError(f"ids hold {outside[0]}, outside 0..{self.vocab_size - 1}")
         return ids[ids < 256].astype(np.uint8).tobytes()
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -94,7 +92,7 @@ class FileTokenizer:
 
     Ids of the special tokens come from `tokenizer_config.json` or `special_tokens_map.json` beside
     the file; without them, from the usual names. A vocabulary without a padding token pads with
-    `eos_id`, or 0.
+    `eos_id`, or 0. `adds_bos` tells whether the file's own template begins texts with `bos_id`.
 
     Args:
       path: the file, or the folder that holds it.
@@ -117,6 +115,8 @@ class FileTokenizer:
         )
         self.bos_id = self._special_id("bos")
         self.eos_id = self._special_id("eos")
+        beginning = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
+        self.adds_bos = self.bos_id is not None and beginning == [self.bos_id]
         pad_id = self._special_id("pad")
         fallback = self.eos_id if self.eos_id is not None else 0
         self.pad_id = pad_id if pad_id is not None else fallback
@@ -132,16 +132,9 @@ class FileTokenizer:
     def encode(
         self, text: str | bytes, *, add_bos: bool = False, add_eos: bool = False
     ) -> np.ndarray:
-        """Returns the ids of `text` (bytes are read as UTF-8) as an int32 vector.
-
-        Raises:
-          ValueError: a bos or eos id is asked for that the vocabulary does not have.
-        """
+        """Returns the ids of `text` (bytes are read as UTF-8) as an int32 vector."""
         if isinstance(text, bytes | bytearray):
             text = bytes(text).decode("utf-8", "replace")
-        for wanted, kind in ((add_bos, "bos"), (add_eos, "eos")):
-            if wanted and getattr(self, f"{kind}_id") is None:
-                raise ValueError(f"add_{kind}=True, but {self.path} names no {kind} token")
         ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
         return _surround(ids, self.bos_id if add_bos else None, self.eos_id if add_eos else None)
 
@@ -220,7 +213,10 @@ def _unsettled(text: str) -> int:
 
 def _id_vector(ids: Iterable[int]) -> np.ndarray:
     ids = ids if hasattr(ids, "__array__") else list(ids)
-    return np.asarray(ids, np.int64).reshape(-1)
+    ids = np.asarray(ids, np.int64).reshape(-1)
+    if ids.size and ids.min() < 0:
+        raise ValueError(f"ids hold {ids.min()}, expected none below 0")
+    return ids
 
 
 def _surround(ids: np.ndarray, first: int | None, last: int | None) -> np.ndarray:
