@@ -1,8 +1,37 @@
-"""Every test runs on eight virtual CPU devices; the flags must be set before jax is imported."""
+"""Every test runs on eight virtual CPU devices; the flags must be set before jax is imported.
+
+With JAXEFF_REQUIRE_ALL=1 (continuous integration, where every optional dependency is installed) a
+skipped test is a failure: what is meant to be checked cannot go unchecked in silence.
+"""
 
 import os
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+REQUIRE_ALL = os.environ.get("JAXEFF_REQUIRE_ALL") == "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Turns a skip into a failure where nothing may be skipped."""
+    report = yield
+    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
+        reason = call.excinfo.value if call.excinfo else ""
+        report.outcome = "failed"
+        report.longrepr = f"skipped although JAXEFF_REQUIRE_ALL=1: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """The same for modules skipped as a whole."""
+    report = yield
+    if REQUIRE_ALL and report.outcome == "skipped":
+        report.outcome = "failed"
+        report.longrepr = f"skipped although JAXEFF_REQUIRE_ALL=1: {report.longrepr}"
+    return report

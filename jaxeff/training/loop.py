@@ -182,7 +182,7 @@ class Trainer:
           CheckpointError: when the workdir cannot be written or a checkpoint cannot be read.
           NonFiniteError: when a metric is NaN or infinite.
         """
-        run = _Run(self, Path(workdir).absolute(), dict(run_config or {}))
+        run = _Run(self, Path(workdir), dict(run_config or {}))
         with use_mesh(self.mesh, self.rules):
             return run.execute()
 
