@@ -117,7 +117,7 @@ def run(flags: argparse.Namespace, overrides: dict[str, str]) -> None:
     initialize(flags.coordinator_address, flags.num_processes, flags.process_id, flags.distributed)
     if jax.process_count() > 1 and not flags.workdir:
         raise ConfigError("--workdir is required with several processes: they share one")
-    workdir = Path(flags.workdir) if flags.workdir else default_workdir(experiment.name)
+    workdir = flags.workdir or default_workdir(experiment.name)
     if jax.process_index() == 0:
         print(f"workdir: {workdir}", flush=True)
     task = make_task(experiment)
@@ -130,8 +130,10 @@ def run(flags: argparse.Namespace, overrides: dict[str, str]) -> None:
             f"{100 * result.data_wait_share:.2f} % of the time; "
             f"{result.num_compilations} compilation(s) of the step"
         )
-    if hasattr(task, "report") and jax.process_count() == 1:
-        print(task.report(result.state.params, result.evaluation))
+        if hasattr(task, "report"):
+            # Parameters spread over several processes cannot be sampled from by one of them.
+            params = result.state.params if jax.process_count() == 1 else None
+            print(task.report(params, result.evaluation))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -282,15 +282,18 @@ class LanguageModelTask:
         batches = self._eval_batches()
         return model.bits_per_byte(batches, batches.bytes_per_target)
 
-    def report(self, params: Any, evaluation: dict[str, float]) -> str:
-        """Returns a closing text: the held-out cost, the n-gram model's, and a sample."""
+    def report(self, params: Any | None, evaluation: dict[str, float]) -> str:
+        """Returns a closing text: the held-out cost, the n-gram model's, and a sample.
+
+        Without parameters there is no sample.
+        """
         lines = []
         if "bits_per_byte" in evaluation:
             lines.append(f"held-out bits per byte: {evaluation['bits_per_byte']:.4f}")
             if self.options.ngram_order and self.data.tokenizer == "bytes":
                 order, cost = self.options.ngram_order, self.ngram_bits_per_byte()
                 lines.append(f"order-{order} byte n-gram on the same text: {cost:.4f}")
-        if self.options.sample_tokens:
+        if self.options.sample_tokens and params is not None:
             lines.append(f"sample:\n{self.sample(params)}")
         return "\n".join(lines)
 

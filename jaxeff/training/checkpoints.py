@@ -368,6 +368,20 @@ def check_layout(recorded: Mapping[str, Any], wanted: Any, what: str) -> None:
             )
 
 
+def local_workdir(workdir: str | os.PathLike) -> Path:
+    """Returns the directory of a run as a path.
+
+    Raises:
+      CheckpointError: when it is a URL: metrics and plots are written as local files.
+    """
+    if "://" in str(workdir):
+        raise CheckpointError(
+            f"workdir {workdir} is a URL; expected a directory. Mount the bucket (gcsfuse, s3fs) "
+            "where every host sees it"
+        )
+    return Path(workdir)
+
+
 def check_workdir(workdir: str | os.PathLike, state_bytes: int, keep: int) -> None:
     """Checks, before any training, that checkpoints can be written.
 
@@ -379,11 +393,6 @@ def check_workdir(workdir: str | os.PathLike, state_bytes: int, keep: int) -> No
     Raises:
       CheckpointError: when the directory cannot be written, or the disk has too little room.
     """
-    if "://" in str(workdir):
-        raise CheckpointError(
-            f"workdir {workdir} is a URL; expected a directory. Mount the bucket (gcsfuse, s3fs) "
-            "where every host sees it"
-        )
     workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

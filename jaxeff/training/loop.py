@@ -23,6 +23,7 @@ from jaxeff.training.checkpoints import (
     CONFIG_FILE,
     Checkpoints,
     check_workdir,
+    local_workdir,
     state_nbytes,
 )
 from jaxeff.training.chips import peak_flops
@@ -182,7 +183,7 @@ class Trainer:
           CheckpointError: when the workdir cannot be written or a checkpoint cannot be read.
           NonFiniteError: when a metric is NaN or infinite.
         """
-        run = _Run(self, Path(workdir), dict(run_config or {}))
+        run = _Run(self, local_workdir(workdir), dict(run_config or {}))
         with use_mesh(self.mesh, self.rules):
             return run.execute()
 

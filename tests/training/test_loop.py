@@ -279,3 +279,24 @@ def test_too_little_disk_space_is_refused_before_training(tmp_path, monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(CheckpointError, match="checkpoints need up to"):
         make_trainer().fit(tmp_path)
+
+
+def test_a_profiler_window_is_written(tmp_path):
+    make_trainer(steps=8, profile_from=3, profile_steps=2).fit(tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_model_flops_utilisation_is_recorded_when_the_peak_is_known(tmp_path, monkeypatch):
+    from jaxeff.training import loop
+
+    monkeypatch.setattr(loop, "peak_flops", lambda device: 1e9)
+    task = RegressionTask()
+    task.flops_per_step = lambda: 1e4
+    make_trainer(task, steps=10).fit(tmp_path)
+    record = read_metrics(tmp_path / "metrics.jsonl")[1]
+    assert record["mfu"] == pytest.approx(1e4 / (record["seconds_per_step"] * 1e9), rel=1e-6)
+
+
+def test_a_workdir_that_is_a_url_is_refused():
+    with pytest.raises(CheckpointError, match="is a URL"):
+        make_trainer().fit("gs://bucket/run")
