@@ -1,9 +1,9 @@
 """Text generation with an explicit cache, and log-probabilities of given tokens.
 
 `generate` is one compiled program: prefill, then a `while_loop` of decoding steps that ends when
-every sequence has stopped. `generate_stream` runs the same two functions one call at a time and hands out
-tokens as they come. A compiled program serves every prompt of the same padded shape, every key,
-every set of stop tokens of the same size and every temperature, top-p and min-p.
+every sequence has stopped. `generate_stream` runs the same two functions one call at a time and
+hands out tokens as they come. A compiled program serves every prompt of the same padded shape,
+every key, every set of stop tokens of the same size and every temperature, top-p and min-p.
 """
 
 import dataclasses
@@ -264,6 +264,7 @@ def _prepare(
 ) -> tuple[Params, _Request, _Plan]:
     """Checks the arguments of `generate` and sorts them into data and plan."""
     sampling = sampling or SamplingConfig()
+    prompts = prompts if hasattr(prompts, "ndim") else np.asarray(prompts)
     _check_prompts(prompts, prompt_lengths, config)
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
         if value is not None and value < 1:
@@ -300,9 +301,9 @@ def _check_prompts(prompts, prompt_lengths, config: DecoderConfig) -> None:
     if prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer) or 0 in prompts.shape:
         raise ValueError(f"prompts {prompts.shape} {prompts.dtype} must be integers (batch, T)")
     batch, length = prompts.shape
-    if jnp.shape(prompt_lengths) != (batch,):
-        raise ValueError(f"prompt_lengths {jnp.shape(prompt_lengths)} must be ({batch},)")
-    if isinstance(prompts, jax.core.Tracer) or isinstance(prompt_lengths, jax.core.Tracer):
+    if np.shape(prompt_lengths) != (batch,):
+        raise ValueError(f"prompt_lengths {np.shape(prompt_lengths)} must be ({batch},)")
+    if not (_is_known(prompts) and _is_known(prompt_lengths)):
         return
     lengths, prompts = np.asarray(prompt_lengths), np.asarray(prompts)
     if lengths.min() < 1 or lengths.max() > length:
@@ -312,6 +313,13 @@ def _check_prompts(prompts, prompt_lengths, config: DecoderConfig) -> None:
         raise ValueError(
             f"prompts hold ids {real.min()}..{real.max()}, outside 0..{config.vocab_size - 1}"
         )
+
+
+def _is_known(x) -> bool:
+    """Whether the values can be looked at: not while tracing, not if other processes hold some."""
+    if isinstance(x, jax.core.Tracer):
+        return False
+    return not isinstance(x, jax.Array) or x.is_fully_addressable
 
 
 def _decoder_for(params: Params, config: DecoderConfig) -> Decoder:

@@ -336,7 +336,7 @@ class _Checkpoint:
                 parts[bounds] = self._read(source, bounds, dtype)
             return parts[bounds]
 
-        return jax.make_array_from_callback(shape, sharding, read)
+        return jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
 
     def _read(self, source: _Source, bounds: tuple, dtype: np.dtype) -> np.ndarray:
         leading = source.names.ndim

@@ -14,7 +14,6 @@ from jax.sharding import AxisType
 from jaxeff.language import (
     Decoder,
     SamplingConfig,
-    attention,
     generate,
     generate_stream,
     load_hf,
@@ -25,6 +24,7 @@ from jaxeff.language import (
     unstack_layers,
     warp_logits,
 )
+from jaxeff.language.attention import attention
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "decoder_lm"
 FAMILIES = ["llama", "llama_bias_tied_headdim", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
@@ -122,6 +122,22 @@ def test_the_key_decides_the_sample():
 @pytest.mark.parametrize("prefill_chunk", [1, 2, 3, 64])
 def test_prefill_in_chunks_changes_nothing(prefill_chunk):
     assert_same(run(prefill_chunk=prefill_chunk), run())
+
+
+def test_it_runs_inside_jit():
+    inside = jax.jit(lambda params, prompts, lengths: run(prompts, lengths, params=params))
+    assert_same(inside(random_params(), PROMPTS, LENGTHS), run())
+
+
+def test_prompts_may_be_lists():
+    assert_same(run([[5, 6, 7], [8, 0, 0]], [3, 1]), run(PROMPTS[:2, :3], LENGTHS[:2]))
+
+
+def test_a_bfloat16_cache_touches_later_tokens_only():
+    exact, rounded = run(), run(cache_dtype="bfloat16")
+    np.testing.assert_array_equal(rounded.tokens[:, 0], exact.tokens[:, 0])
+    np.testing.assert_allclose(rounded.logprobs[:, 0], exact.logprobs[:, 0], atol=2e-4)
+    assert (np.asarray(rounded.logprobs) != np.asarray(exact.logprobs)).any()
 
 
 class TestStopping:
