@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,11 +31,13 @@ from jaxeff.language import (
     flops_per_token,
     generate,
     head_kernel,
+    load_hf,
     load_tokenizer,
     router_loss,
 )
 from jaxeff.metrics.ngram import fit_ngram
 from jaxeff.tasks.experiment import Experiment
+from jaxeff.training.checkpoints import CHECKPOINTS, restore_params
 from jaxeff.training.config import ConfigError, require
 from jaxeff.training.task import Aux, Placement
 
@@ -48,6 +51,8 @@ class LanguageModelOptions:
     """Settings of the objective and of the closing report.
 
     Attributes:
+      init_from: start from the parameters of a Hugging Face folder or of another run's workdir
+        (fine-tuning); None starts from random ones.
       z_loss: weight of the squared log-partition function (PaLM, arXiv 2204.02311, section 5).
       loss_chunk_size: tokens whose logits exist at once in the loss; None decides by the size of
         the vocabulary (whole logits below 32,768).
@@ -58,6 +63,7 @@ class LanguageModelOptions:
       sample_temperature: its temperature.
     """
 
+    init_from: str | None = None
     z_loss: float = 0.0
     loss_chunk_size: int | None = None
     ngram_order: int = 2
@@ -156,6 +162,28 @@ class LanguageModelTask:
         """Returns the decoder's parameters, boxed with logical axis names; no other state."""
         # One token is enough to shape the parameters.
         return self.decoder.init(key, batch["tokens"][:1, :1])["params"], {}
+
+    def initial_params(self, shardings: Any) -> Any | None:
+        """Returns the parameters of ``options.init_from``, or None.
+
+        Raises:
+          ConfigError: when there is nothing to load there.
+        """
+        source = self.options.init_from
+        if source is None:
+            return None
+        if (Path(source) / CHECKPOINTS).is_dir():
+            return restore_params(source, shardings=shardings)
+        try:
+            _, params = load_hf(
+                source,
+                self.model.param_dtype,
+                mesh=jax.tree.leaves(shardings)[0].mesh,
+                scan_layers=self.model.scan_layers,
+            )
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            raise ConfigError(f"config.options.init_from: {error}") from error
+        return jax.device_put(params, shardings)
 
     def loss(
         self, params: Any, extra: Any, batch: Batch, key: jax.Array, step: jax.Array

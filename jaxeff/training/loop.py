@@ -22,8 +22,10 @@ import jax.numpy as jnp
 from jaxeff.training.checkpoints import (
     CONFIG_FILE,
     Checkpoints,
+    check_layout,
     check_workdir,
     local_workdir,
+    manifest,
     state_nbytes,
 )
 from jaxeff.training.chips import peak_flops
@@ -151,7 +153,18 @@ class Trainer:
     def init_state(self) -> TrainState:
         """Returns the state before the first step, created already sharded."""
         with use_mesh(self.mesh, self.rules):
-            return jax.jit(self._create_state, out_shardings=self.shardings)()
+            state = jax.jit(self._create_state, out_shardings=self.shardings)()
+        if not hasattr(self.task, "initial_params"):
+            return state
+        loaded = self.task.initial_params(self.shardings.params)
+        return state if loaded is None else self._start_from(loaded, state)
+
+    def _start_from(self, params: Any, state: TrainState) -> TrainState:
+        check_layout(manifest(params), self.abstract_state.params, "model to start from")
+        ema = {rate: jax.tree.map(jnp.copy, params) for rate in state.ema}
+        # The optimiser's state may depend on the parameters (a reference copy, a preconditioner).
+        opt_state = jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)(params)
+        return state.replace(params=params, opt_state=opt_state, ema=ema)
 
     def abstract_batch(self) -> Any:
         """Returns the global training batch as ``jax.ShapeDtypeStruct`` with its shardings."""

@@ -65,7 +65,9 @@ class Task(Protocol):
       groups of parameters differently;
     * ``logical_sizes() -> dict``: sizes of logical axes that a mesh axis must divide;
     * ``flops_per_step() -> float``: model flops of one step, for model flops utilisation;
-    * ``finish(params, extra, workdir) -> str``: a closing text, such as a sample.
+    * ``initial_params(shardings) -> params or None``: parameters a new run starts from instead of
+      those of ``init``, already on their shardings (fine-tuning);
+    * ``report(params, evaluation) -> str``: a closing text, such as a sample.
     """
 
     def batch_spec(self) -> Any:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxeff.language import Decoder, cross_entropy
+from jaxeff.language import Decoder, cross_entropy, save_hf
 from jaxeff.tasks import load_experiment, make_task, make_trainer
-from jaxeff.training import ConfigError, MeshConfig
+from jaxeff.training import CheckpointError, ConfigError, MeshConfig
 from jaxeff.training.mesh import MeshPlacement, make_mesh, unbox
 
 ONE = jax.devices()[:1]
@@ -155,3 +155,33 @@ def test_muon_trains_the_matrices_and_adam_the_rest(config_file, tmp_path):
     assert labels["embed"]["embedding"] == labels["lm_head"]["kernel"] == "other"
     result = trainer.fit(tmp_path)
     assert result.evaluation["bits_per_byte"] < 5
+
+
+@pytest.mark.parametrize("source", ["run", "hugging_face"])
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_run_starts_from_given_parameters(experiment, tmp_path, source, mesh):
+    result = make_trainer(experiment, devices=ONE).fit(tmp_path / "run")
+    if source == "hugging_face":
+        save_hf(tmp_path / "hugging_face", experiment.model, result.state.params)
+    options = dataclasses.replace(experiment.options, init_from=str(tmp_path / source))
+    training = dataclasses.replace(experiment.training, ema_rates=(0.9,))
+    tuned = dataclasses.replace(
+        experiment, options=options, training=training, mesh=MeshConfig(**mesh)
+    )
+    state = make_trainer(tuned, devices=jax.devices()[: 8 if mesh else 1]).init_state()
+    for x, y in zip(leaves(result.state.params), leaves(state.params)):
+        np.testing.assert_array_equal(x, y)
+    for x, y in zip(leaves(result.state.params), leaves(state.ema["0.9"])):
+        np.testing.assert_array_equal(x, y)
+    assert int(state.step) == 0
+
+
+def test_parameters_of_another_shape_are_refused(config_file, tmp_path):
+    small = load_experiment(config_file, {"training.num_steps": "1"})
+    make_trainer(small, devices=ONE).fit(tmp_path)
+    overrides = {"model.intermediate_size": "96", "options.init_from": str(tmp_path)}
+    with pytest.raises(CheckpointError, match="down_proj/kernel is float32"):
+        make_trainer(load_experiment(config_file, overrides), devices=ONE).init_state()
+    overrides = {"options.init_from": str(tmp_path / "nothing")}
+    with pytest.raises(ConfigError, match="init_from: no checkpoint folder"):
+        make_trainer(load_experiment(config_file, overrides), devices=ONE).init_state()
