@@ -16,13 +16,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 
 from jaxeff.language.cache import KVCache, init_cache
 from jaxeff.language.config import DecoderConfig
 from jaxeff.language.decoder import Decoder, head_kernel
 from jaxeff.language.sampling import SamplingConfig, apply_warpers, draw, warper_values
 from jaxeff.language.sharding import constrain
+from jaxeff.trees import unbox
 
 Params = Any
 
@@ -214,7 +214,7 @@ def sequence_logprobs(
         raise ValueError(f"tokens {tokens.shape} and mask {mask.shape} must both be (batch, T)")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
-    params = meta.unbox(params)
+    params = unbox(params)
     decoder = decoder or _decoder_for(params, config)
     return _sequence_logprobs(
         params, tokens, mask, positions, segment_ids, decoder, chunk_size, _active_rules()
@@ -276,7 +276,7 @@ def _prepare(
         sequence_ids = np.arange(batch, dtype=np.uint32)
     if sequence_ids.shape != (batch,):
         raise ValueError(f"sequence_ids {sequence_ids.shape} must be ({batch},)")
-    params = meta.unbox(params)
+    params = unbox(params)
     request = _Request(
         prompts=jnp.asarray(prompts, jnp.int32),
         prompt_lengths=jnp.asarray(prompt_lengths, jnp.int32),

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxeff.language.config import DecoderConfig
 from jaxeff.language.decoder import Decoder
 from jaxeff.language.huggingface_config import config_from_hf, config_to_hf, hf_model_type
+from jaxeff.trees import unbox
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def load_hf(
             config, dtype=chosen, param_dtype=chosen, scan_layers=scan_layers
         )
         boxed = abstract_parameters(config)
-        shapes = {k: leaf.shape for k, leaf in flatten_dict(meta.unbox(boxed)).items()}
+        shapes = {k: leaf.shape for k, leaf in flatten_dict(unbox(boxed)).items()}
         sources = {key: _source(key, config) for key in shapes}
         checkpoint.check(sources, shapes, tied=config.tie_embeddings)
         shardings = _shardings(boxed, config, mesh, rules)
@@ -202,7 +202,7 @@ def save_hf(
     """
     if max_shard_size <= 0:
         raise ValueError(f"max_shard_size={max_shard_size} must be positive")
-    flat = flatten_dict(meta.unbox(params))
+    flat = flatten_dict(unbox(params))
     config = dataclasses.replace(config, scan_layers=any(key[0] == "layers" for key in flat))
     _check_parameters(flat, config)
     stored = jnp.dtype(flat["embed", "embedding"].dtype).name
@@ -374,7 +374,7 @@ def _shardings(
     if mesh is None:
         return dict.fromkeys(specs, SingleDeviceSharding(jax.local_devices()[0]))
     rules = dict(rules or nn.get_logical_axis_rules() or PARAMETER_RULES)
-    shapes = flatten_dict(meta.unbox(boxed))
+    shapes = flatten_dict(unbox(boxed))
     return {
         key: _leaf_sharding("/".join(key), shapes[key].shape, spec or (), config, mesh, rules)
         for key, spec in specs.items()
@@ -430,7 +430,7 @@ def _reader(leaf: Any, position: tuple[int, ...], transposed: bool) -> Callable[
 
 
 def _check_parameters(flat: Mapping[ParamPath, Any], config: DecoderConfig) -> None:
-    expected = flatten_dict(meta.unbox(abstract_parameters(config)))
+    expected = flatten_dict(unbox(abstract_parameters(config)))
     wrong = [
         f"{'/'.join(key)} is {tuple(flat[key].shape)}, expected {leaf.shape}"
         for key, leaf in expected.items()

@@ -39,7 +39,6 @@ from jaxeff.training.mesh import (
     make_mesh,
     param_shardings,
     state_shardings,
-    unbox,
     use_mesh,
 )
 from jaxeff.training.metrics import MetricsBuffer
@@ -48,6 +47,7 @@ from jaxeff.training.state import TrainState
 from jaxeff.training.step import CompiledSteps, build_train_step
 from jaxeff.training.task import Task
 from jaxeff.training.trackers import MetricsFile, NoProgress, ProgressBar, TensorBoard, plot_curves
+from jaxeff.trees import unbox
 
 log = logging.getLogger(__name__)
 

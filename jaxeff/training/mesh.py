@@ -17,10 +17,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from flax.core import meta
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxeff.training.config import ConfigError, MeshConfig
+from jaxeff.trees import unbox
 
 log = logging.getLogger(__name__)
 
@@ -136,15 +136,6 @@ def use_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
     """Makes mesh and rules current, for tracing and running sharded functions."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
-
-
-def unbox(tree: Any) -> Any:
-    """Returns the tree without the boxes that carry logical axis names."""
-    return jax.tree.map(
-        lambda x: x.unbox(apply_constraint=False) if isinstance(x, meta.AxisMetadata) else x,
-        tree,
-        is_leaf=lambda x: isinstance(x, meta.AxisMetadata),
-    )
 
 
 def param_shardings(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:

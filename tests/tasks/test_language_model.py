@@ -11,7 +11,8 @@ import pytest
 from jaxeff.language import Decoder, cross_entropy, save_hf
 from jaxeff.tasks import load_experiment, make_task, make_trainer
 from jaxeff.training import CheckpointError, ConfigError, MeshConfig
-from jaxeff.training.mesh import MeshPlacement, make_mesh, unbox
+from jaxeff.training.mesh import MeshPlacement, make_mesh
+from jaxeff.trees import unbox
 
 ONE = jax.devices()[:1]
 

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec
 from toy import RegressionTask, make_batch
 
 from jaxeff.training import ConfigError, MeshConfig, make_mesh, per_replica_gradients, use_mesh
-from jaxeff.training.mesh import MeshPlacement, fit_rules, mesh_shape, unbox
+from jaxeff.training.mesh import MeshPlacement, fit_rules, mesh_shape
+from jaxeff.trees import unbox
 
 
 @pytest.mark.parametrize(
