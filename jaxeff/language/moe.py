@@ -281,9 +281,17 @@ def sharded_expert_mlp(
     if not (batch or seq or owners or width):
         return _flat_expert_mlp(x, weights, experts, gate, up, down)
     gathered = tuple(axis for axis in owners if axis in batch)
-    replicated = tuple(axis for axis in owners if axis not in batch)
+    summed = tuple(axis for axis in owners if axis not in batch) + width
+    tokens = PartitionSpec(batch or None, seq or None)
+    wide = PartitionSpec(owners or None, None, width or None)
+    narrow = PartitionSpec(owners or None, width or None, None)
+    specs = (tokens, tokens, tokens, wide, wide, narrow)
 
-    def local(x, weights, experts, gate, up, down):
+    def local(*args):
+        # The hand-written gradients take all operands to differ along the same axes.
+        x, weights, experts, gate, up, down = (
+            _varying(a, batch + seq + summed, spec) for a, spec in zip(args, specs, strict=True)
+        )
         if gathered:
             x, weights, experts = (
                 jax.lax.all_gather(a, gathered, axis=0, tiled=True) for a in (x, weights, experts)
@@ -293,17 +301,18 @@ def sharded_expert_mlp(
         y = _flat_expert_mlp(x, weights, experts, gate, up, down)
         if gathered:
             y = jax.lax.psum_scatter(y, gathered, scatter_dimension=0, tiled=True)
-        return jax.lax.psum(y, replicated + width) if replicated + width else y
+        return jax.lax.psum(y, summed) if summed else y
 
-    tokens = PartitionSpec(batch or None, seq or None)
-    wide = PartitionSpec(owners or None, None, width or None)
-    narrow = PartitionSpec(owners or None, width or None, None)
-    return jax.shard_map(
-        local,
-        in_specs=(tokens, tokens, tokens, wide, wide, narrow),
-        out_specs=tokens,
-        axis_names=set(free_axes()),
-    )(x, weights, experts, gate, up, down)
+    return jax.shard_map(local, in_specs=specs, out_specs=tokens, axis_names=set(free_axes()))(
+        x, weights, experts, gate, up, down
+    )
+
+
+def _varying(x, axes, spec):
+    """x of an in_spec, marked as different along the axes that the spec does not name."""
+    named = jax.tree.leaves(tuple(spec))
+    missing = tuple(axis for axis in axes if axis not in named)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _flat_expert_mlp(x, weights, experts, *kernels):
