@@ -5,7 +5,7 @@ python -m jaxeff.aot --config configs/lm_8b.py --target v5p:4x4x4
 python -m jaxeff.aot --config configs/lm_8b.py --target v5e:16x16
 
 Train it, on every host of the slice, on your own text:
-python -m jaxeff.train --config configs/lm_8b.py --distributed --workdir gs://BUCKET/DIR \\
+python -m jaxeff.train --config configs/lm_8b.py --distributed --workdir SHARED/DIR \\
     --config.data.corpus=PATH --config.data.tokenizer=PATH/tokenizer.json
 """
 
