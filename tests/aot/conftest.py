@@ -1,0 +1,5 @@
+from aot_fixtures import cuda, prepare_compilers, tpu
+
+__all__ = ["cuda", "tpu"]
+
+prepare_compilers()
