@@ -23,7 +23,8 @@ _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([^\]]*)\](\{[^{}]*\})?")
 _MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 _HEADER = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s*\(.*->.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT\s+)?%?([\w.\-]+)\s+=\s+(.*)$")
-_NAME = re.compile(r"%([\w.\-]+)")
+# An operand; ``%t#1`` is element 1 of tuple ``%t``, without an instruction of its own.
+_NAME = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -57,6 +58,7 @@ class Instruction:
     Attributes:
       name: without the leading percent sign.
       opcode: e.g. "fusion".
+      shape_text: shape of the result as written.
       arrays: the arrays of the result, a tuple's elements in order.
       operands: names of the operands.
       arguments: text between the parentheses, such as a constant's value.
@@ -66,6 +68,7 @@ class Instruction:
 
     name: str
     opcode: str
+    shape_text: str
     arrays: tuple[Array, ...]
     operands: tuple[str, ...]
     arguments: str
@@ -170,10 +173,43 @@ def parse_module(text: str) -> Module:
         else:
             instruction = parse_instruction(line)
             if instruction is not None:
+                for operand in instruction.operands:
+                    _add_elements(current, operand)
                 current[instruction.name] = instruction
     if entry_name is None or entry_name not in computations:
         raise ValueError("the text has no ENTRY computation; expected an HLO module")
     return Module(computations, entry_name)
+
+
+def _add_elements(instructions: dict[str, Instruction], operand: str) -> None:
+    """Gives the tuple elements in an operand such as ``t#1#0`` instructions of their own."""
+    name, *indices = operand.split("#")
+    for index in indices:
+        source, name = name, f"{name}#{index}"
+        if name in instructions or source not in instructions:
+            continue
+        shape = _elements(instructions[source].shape_text)[int(index)]
+        instructions[name] = Instruction(
+            name=name,
+            opcode="get-tuple-element",
+            shape_text=shape,
+            arrays=parse_arrays(shape),
+            operands=(source,),
+            arguments=f"%{source}",
+            attributes=f"index={index}",
+            is_root=False,
+        )
+
+
+def _elements(shape: str) -> list[str]:
+    """Splits a tuple's shape at its outermost commas."""
+    text = _COMMENT.sub("", shape.strip())[1:-1]
+    elements, start = [], 0
+    while start < len(text):
+        end = _end_of_value(text, start)
+        elements.append(text[start:end].strip())
+        start = end + 1
+    return elements
 
 
 def parse_instruction(line: str) -> Instruction | None:
@@ -193,6 +229,7 @@ def parse_instruction(line: str) -> Instruction | None:
     return Instruction(
         name=name,
         opcode=opcode.strip(),
+        shape_text=shape,
         arrays=parse_arrays(shape),
         operands=tuple(_NAME.findall(_COMMENT.sub("", arguments))),
         arguments=arguments,

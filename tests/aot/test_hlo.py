@@ -95,6 +95,30 @@ def test_trip_count_is_found_when_the_limit_is_carried():
     assert trips_of(text) == 20
 
 
+def test_elements_of_tuples_may_be_named_without_an_instruction():
+    text = (
+        loop_module(limit="9")
+        .replace("  %j = s32[] get-tuple-element(%q), index=0\n", "")
+        .replace("compare(%j, %n)", "compare(%q#0, %n)")
+        .replace("  %i = s32[] get-tuple-element(%p), index=0\n", "")
+        .replace("add(%i, %step)", "add(%p#0, %step)")
+    )
+    assert trips_of(text) == 9
+    nested = parse_module("""HloModule m
+
+ENTRY %main (p: (s32[], (f32[8,2], bf16[3]))) -> bf16[3] {
+  %p = (s32[], /*index=1*/(f32[8,2]{1,0:T(8,128)}, bf16[3]{0:T(256)S(1)})) parameter(0)
+  ROOT %c = bf16[3]{0} copy(%p#1#1)
+}
+""")
+    (operand,) = nested.operands(nested.entry, nested.entry.root)
+    assert (operand.shape.dtype, operand.shape.dims, operand.shape.memory_space) == (
+        "bf16",
+        (3,),
+        1,
+    )
+
+
 def test_an_instruction_is_split_into_its_parts():
     line = (
         "  ROOT %all-reduce.3 = (bf16[32,128]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/f32[]{:T(128)}) "
