@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report, run = compile_step(flags.config, overrides, target)
         if flags.json:
             write_json(report, run, flags.json)
-    except (ConfigError, TargetError, OSError) as error:
+    except (ConfigError, NotImplementedError, TargetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if flags.json != "-":

@@ -122,7 +122,7 @@ def compile_lowered(
     target = parse_target(target)
     started = time.perf_counter()
     with _dumps(target) as dumps:
-        executable, required = _compile(lowered, dumps)
+        executable, needs = _compile(lowered, dumps)
         seconds = time.perf_counter() - started
         hlo = _hlo_text(executable, dumps)
         module = parse_module(hlo)
@@ -130,7 +130,7 @@ def compile_lowered(
         kernels = _kernel_reports(costs.kernels, target, dumps)
         largest = _largest_buffers(dumps)
     if executable is None:
-        memory = _required_memory(module, hlo, required, target.chip)
+        memory = _required_memory(module, hlo, *needs)
     else:
         memory = _allocated_memory(executable, target.chip)
     coordinates = _coordinates(mesh) if target.is_tpu else None
@@ -155,16 +155,19 @@ def compile_lowered(
     return report
 
 
-def _compile(lowered: Any, dumps: _Dumps) -> tuple[Any, float]:
-    """Returns the executable, or None and the memory it would need."""
+def _compile(lowered: Any, dumps: _Dumps) -> tuple[Any, tuple[float, float]]:
+    """Returns the executable, or None and the memory it would need and that there is."""
     try:
-        return lowered.compile(compiler_options=dumps.options), 0.0
+        return lowered.compile(compiler_options=dumps.options), (0.0, 0.0)
     except jax.errors.JaxRuntimeError as error:
-        match = re.search(r"\(([\d.]+)([KMG])\) exceeds available HBM", str(error))
+        match = re.search(
+            r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)", str(error)
+        )
         if match is None:
             raise
-        unit = {"K": 2**10, "M": 2**20, "G": GIB}[match.group(2)]
-        return None, float(match.group(1)) * unit
+        unit = {"K": 2**10, "M": 2**20, "G": GIB}
+        required, in_unit, available, of_unit = match.groups()
+        return None, (float(required) * unit[in_unit], float(available) * unit[of_unit])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +289,7 @@ def _allocated_memory(executable: Any, chip: Chip) -> Memory:
     )
 
 
-def _required_memory(module: Module, hlo: str, required: float, chip: Chip) -> Memory:
+def _required_memory(module: Module, hlo: str, required: float, available: float) -> Memory:
     """Memory of a program that does not fit, from its signature and the compiler's total."""
     parameters = module.entry.parameters
     header = hlo.splitlines()[0]
@@ -300,7 +303,7 @@ def _required_memory(module: Module, hlo: str, required: float, chip: Chip) -> M
         aliased=aliased,
         temporaries=max(0, int(required) - arguments - outputs + aliased),
         code=0,
-        capacity=chip.hbm_bytes,
+        capacity=available,
     )
 
 

@@ -129,13 +129,17 @@ def test_flops_of_batched_products_are_exact(tpu):
     assert report.costs.matmul_flops == 2 * 3 * 4 * 256 * 128 * 64
 
 
-def test_what_does_not_fit_is_said_with_by_how_much(tpu):
-    with pytest.raises(DoesNotFitError, match=r"GiB of memory on each v5e.*too much") as error:
-        tpu(lambda x: x * 2, (spec(60000, 60000, dtype=jnp.float32),), "v5e", name="double")
-    memory = error.value.report.memory
-    assert memory.arguments == memory.outputs == 60000 * 60000 * 4
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "v5p", "v4", "tpu7x"])
+def test_what_does_not_fit_is_said_with_by_how_much(tpu, chip):
+    with pytest.raises(DoesNotFitError, match=f"memory on each {chip}.*too much") as error:
+        tpu(lambda x: x * 2, (spec(120_000, 120_000, dtype=jnp.float32),), chip, name="double")
+    report = error.value.report
+    memory = report.memory
+    assert memory.arguments == memory.outputs == 120_000**2 * 4
     assert memory.total == pytest.approx(2 * memory.arguments, rel=0.01)
     assert not memory.fits and memory.headroom < 0
+    # What the compiler says there is, is what the table of chips says.
+    assert memory.capacity == pytest.approx(report.target.chip.hbm_bytes, rel=1e-3)
 
 
 def test_a_mesh_larger_than_the_slice_is_refused(tpu):
