@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxeff.language.config import DecoderConfig, MoEConfig
-from jaxeff.language.layers import Linear, residual_std
+from jaxeff.language.layers import Linear, gated_silu, residual_std
 from jaxeff.language.sharding import free_axes, mesh_axes, target_platform
 
 METHODS = (None, "ragged", "blocks")
@@ -148,8 +148,10 @@ def expert_mlp(
     layout = _sorted(flat, num_experts) if method == "ragged" else _blocked(flat, num_experts)
     rows = _dispatch(x, layout.source, layout.target)
     matmul = functools.partial(_ragged_matmul if method == "ragged" else _block_matmul, layout)
-    hidden = checkpoint_name(matmul(rows, gate), "mlp_gate")
-    hidden = nn.silu(hidden) * checkpoint_name(matmul(rows, up), "mlp_up")
+    hidden = gated_silu(
+        checkpoint_name(matmul(rows, gate), "mlp_gate"),
+        checkpoint_name(matmul(rows, up), "mlp_up"),
+    )
     return _combine(matmul(hidden, down), weights, layout.source, layout.target)
 
 
