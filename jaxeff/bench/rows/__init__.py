@@ -1,0 +1,1 @@
+"""What measures the claims of the registry, one file for each room."""
