@@ -273,6 +273,10 @@ def notes(report: CompiledReport) -> list[str]:
     if report.unstated_kernels:
         names = ", ".join(kernel.name for kernel in report.unstated_kernels)
         found.append(f"kernels that state no flops are not in the roofline: {names}")
+    missing = [kernel.name for kernel in report.kernels if kernel.schedule is None]
+    if report.target.is_tpu and missing:
+        names = ", ".join(missing)
+        found.append(f"kernels without a schedule are not in the compiler's estimate: {names}")
     if any(kernel.schedule for kernel in report.kernels):
         found.append("static schedules count conditional blocks (pl.when) as executed")
     if not report.target.is_tpu and report.target.num_devices == 1 and not report.memory.fits:
