@@ -11,8 +11,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxeff.language.config import DecoderConfig
+from jaxeff.language.sharding import free_axes, mesh_axes, target_platform
 
 
 @flax.struct.dataclass
@@ -93,14 +95,62 @@ def write(cache: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
     """
     num_tokens = k.shape[2]
     check_room(cache, num_tokens)
-    slots = cache.lengths[:, None] + jnp.arange(num_tokens)  # (batch, T)
-    rows = jnp.arange(k.shape[1])[:, None]
+    place = _write_by_slices if target_platform() == "tpu" else _write_by_scatter
+    k, v = place((cache.k, cache.v), (k, v), cache.lengths)
+    return KVCache(k, v, cache.lengths + num_tokens)
+
+
+def _write_by_scatter(old, new, lengths):
+    slots = lengths[:, None] + jnp.arange(new[0].shape[2])  # (batch, T)
+    rows = jnp.arange(slots.shape[0])[:, None]
 
     def scatter(old, new):
         new = new.astype(old.dtype)
         return old.at[:, rows, slots].set(new, mode="drop", unique_indices=True)
 
-    return KVCache(scatter(cache.k, k), scatter(cache.v, v), cache.lengths + num_tokens)
+    return jax.tree.map(scatter, old, new)
+
+
+def _write_by_slices(old, new, lengths):
+    """One slice update for each row, in place.
+
+    A scatter makes XLA:TPU store the cache with the layers innermost, and then copy every layer's
+    keys at every decoding step.
+    """
+    batch = mesh_axes("act_batch", lengths.shape[0])
+    heads = mesh_axes("act_kv_heads", new[0].shape[3])
+    if not (batch or heads):
+        return _update_rows(old, new, lengths)
+    spec = PartitionSpec(None, batch or None, None, heads or None)
+    return jax.shard_map(
+        _update_rows,
+        in_specs=(spec, spec, PartitionSpec(batch or None)),
+        out_specs=spec,
+        axis_names=set(free_axes()),
+    )(old, new, lengths)
+
+
+def _update_rows(old, new, lengths):
+    num_tokens, capacity = new[0].shape[2], old[0].shape[2]
+
+    def update_row(row, caches):
+        # A slice update past the end would be moved back over older keys, so move it here, and
+        # keep what is there in its first slots.
+        start = jnp.minimum(lengths[row], capacity - num_tokens)
+        token = start + jnp.arange(num_tokens) - lengths[row]
+        real = (token >= 0)[None, None, :, None, None]
+
+        def update(cached, new):
+            new = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1).astype(cached.dtype)
+            if num_tokens > 1:
+                new = jnp.take(new, jnp.maximum(token, 0), axis=2)
+            at = (0, row, start, 0, 0)
+            kept = jax.lax.dynamic_slice(cached, at, new.shape)
+            return jax.lax.dynamic_update_slice(cached, jnp.where(real, new, kept), at)
+
+        return jax.tree.map(update, caches, new)
+
+    return jax.lax.fori_loop(0, lengths.shape[0], update_row, old)
 
 
 def roll_back(cache: KVCache, lengths: jax.Array) -> KVCache:

@@ -6,12 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoder_cases import params_of, tiny, tokens_of
+from decoder_cases import RULES, make_mesh, params_of, tiny, tokens_of
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxeff.language import Decoder, KVCache, init_cache
 from jaxeff.language.cache import compact, concat_spans, roll_back, slice_span, write
 
 LAYERS, BATCH, HEADS, DIM = 2, 3, 2, 4
+
+
+@pytest.fixture(params=["cpu", "tpu"])
+def platform(request, monkeypatch):
+    """Writing takes another way on TPU; both must do the same."""
+    monkeypatch.setattr("jaxeff.language.cache.target_platform", lambda: request.param)
+
+
+def fresh_write():
+    """`write` under a jit that remembers no other platform."""
+    return jax.jit(lambda *args: write(*args))
 
 
 def empty(capacity=8):
@@ -41,7 +54,7 @@ def test_init_takes_shapes_and_dtype_from_the_config():
     assert cache.capacity == 5
 
 
-def test_write_appends_behind_each_rows_length():
+def test_write_appends_behind_each_rows_length(platform):
     cache = empty().replace(lengths=jnp.asarray([0, 2, 5]))
     cache = write(cache, numbered(2), 10 * numbered(2))
     expected = np.zeros((BATCH, 8))
@@ -51,16 +64,43 @@ def test_write_appends_behind_each_rows_length():
     np.testing.assert_array_equal(cache.lengths, [2, 4, 7])
 
 
-def test_overflow_raises_when_lengths_are_known_and_is_flagged_when_they_are_not():
+def test_overflow_raises_when_lengths_are_known_and_is_flagged_when_they_are_not(platform):
     cache = empty(4).replace(lengths=jnp.asarray([0, 2, 3]))
     with pytest.raises(ValueError, match="2 new tokens after length 3 exceed"):
         write(cache, numbered(2), numbered(2))
     with pytest.raises(ValueError, match="5 new tokens exceed"):
-        jax.jit(write)(cache, numbered(5), numbered(5))
-    written = jax.jit(write)(cache, numbered(2), numbered(2))
+        fresh_write()(cache, numbered(5), numbered(5))
+    written = fresh_write()(cache, numbered(2), numbered(2))
     np.testing.assert_array_equal(written.overflow, [False, False, True])
     np.testing.assert_array_equal(rows(written)[2], [0, 0, 0, 201])  # nothing wrapped around
     np.testing.assert_array_equal(roll_back(written, jnp.asarray([2, 4, 4])).overflow, False)
+
+
+def test_rows_that_are_full_already_stay_as_they_are(platform):
+    cache = write(empty(4), numbered(4), numbered(4)).replace(lengths=jnp.asarray([4, 9, 2]))
+    for length in (1, 3):
+        after = fresh_write()(cache, numbered(length, 50), numbered(length, 50))
+        np.testing.assert_array_equal(rows(after)[:2], rows(cache)[:2])
+        np.testing.assert_array_equal(
+            rows(after)[2, 2:], [250, 251][:length] + [204] * (2 - length)
+        )
+
+
+def test_a_sharded_cache_is_written_in_place_by_its_owners(platform):
+    cache = init_cache(tiny(num_kv_heads=4), 4, 8).replace(lengths=jnp.asarray([0, 3, 7, 8]))
+    new = jax.random.normal(jax.random.key(0), (3, 4, 1, 4, 8))
+    expected = fresh_write()(cache, new, -new)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    spec = PartitionSpec(None, ("data", "fsdp"), None, "tensor")
+    placed = cache.replace(
+        **jax.device_put({"k": cache.k, "v": cache.v}, NamedSharding(mesh, spec))
+    )
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        compiled = fresh_write().lower(placed, new, -new).compile()
+        found = compiled(placed, new, -new)
+    np.testing.assert_array_equal(found.k, expected.k)
+    np.testing.assert_array_equal(found.v, expected.v)
+    assert "all-gather" not in compiled.as_text()
 
 
 def test_roll_back_forgets_but_never_invents():
