@@ -1,10 +1,16 @@
 """Cross-entropy, whole and chunked."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoder_cases import RULES, make_mesh
+from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxeff.language import chunked_cross_entropy, cross_entropy
 
@@ -87,6 +93,49 @@ def test_chunks_never_hold_all_logits():
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, kernel).jaxpr
     assert largest(jaxpr) <= 16 * 501
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}, {"tensor": 8}],
+    ids=["batch and vocabulary", "sequence", "vocabulary"],
+)
+def test_chunks_on_a_mesh_equal_one_device(sizes):
+    hidden, kernel, targets, mask = problem(batch=4, length=8, width=8, vocab=16)
+    mask = mask.at[3].set(0)  # one device has nothing to count
+
+    def loss(hidden, kernel):
+        total, weight = chunked_cross_entropy(hidden, kernel, targets, mask, 8, z_loss=0.01)
+        return total / weight
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1))
+    expected = gradient(hidden, kernel)
+    with jax.set_mesh(make_mesh(**sizes)), nn.logical_axis_rules(RULES):
+        found = jax.jit(gradient)(hidden, kernel)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), found, expected)
+
+
+def collectives_inside_loops(text):
+    """Collective instructions of compiled HLO that are not in its entry computation."""
+    before_entry = text.split("\nENTRY ")[0]
+    return re.findall(r" (all-reduce|reduce-scatter|all-gather)\(", before_entry)
+
+
+def test_the_heads_gradient_travels_once_not_once_a_chunk():
+    hidden, kernel, targets, mask = problem(batch=4, length=64, width=8, vocab=16)
+    mesh = make_mesh(fsdp=4)
+    placed = [
+        jax.device_put(a, NamedSharding(mesh, PartitionSpec("fsdp"))) for a in (hidden, kernel)
+    ]
+
+    def loss(hidden, kernel):
+        return chunked_cross_entropy(hidden, kernel, targets, mask, 16)[0]
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*placed).compile()
+    text = compiled.as_text()
+    assert "while" in text and not collectives_inside_loops(text)
+    assert "all-gather" in text and ("reduce-scatter" in text or "all-reduce" in text)
 
 
 def test_no_mask_counts_every_token():
