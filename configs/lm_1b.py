@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.model = ConfigDict(dataclasses.asdict(preset("llama3.2-1b")))
     config.model.dtype = "bfloat16"
-    config.model.remat = "full"
+    config.model.remat = "names"
     config.data = ConfigDict(
         {"corpus": "stdlib", "seq_len": 4096, "batch_size": 8, "eval_batches": 8}
     )

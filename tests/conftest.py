@@ -13,6 +13,13 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
+# What follows imports jax.
+from aot_fixtures import cuda, prepare_compilers, tpu  # noqa: E402
+
+__all__ = ["cuda", "tpu"]
+
+prepare_compilers()
+
 REQUIRE_ALL = os.environ.get("JAXEFF_REQUIRE_ALL") == "1"
 
 

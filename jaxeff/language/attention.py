@@ -13,7 +13,6 @@ call, and "xla" otherwise.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxeff.language.cache import CachedKeys
 from jaxeff.language.config import ATTENTION_IMPLEMENTATIONS
-from jaxeff.language.sharding import free_axes, mesh_axes, target_platform
+from jaxeff.language.sharding import axis_product, free_axes, mesh_axes, target_platform
 
 MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 LANES = 128
@@ -204,7 +203,7 @@ def _splash_unserved(q, k, irregular, *, segment_ids, sliding_window, scale) -> 
         return f"it runs on TPU, and this program is traced for {target_platform()}"
     if irregular:
         return irregular
-    length = q.shape[1] // _ways(mesh_axes("act_seq", q.shape[1]))
+    length = q.shape[1] // axis_product(mesh_axes("act_seq", q.shape[1]))
     if length % LANES:
         return f"the length on each device, {length}, is not a multiple of {LANES}"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
@@ -230,10 +229,10 @@ def splash_attention(
     """
     batch, seq = mesh_axes("act_batch", q.shape[0]), mesh_axes("act_seq", q.shape[1])
     heads = _head_axes(q.shape[2], k.shape[2])
-    if k.shape[2] % _ways(heads):
-        k, v = (jnp.repeat(a, _ways(heads) // a.shape[2], axis=2) for a in (k, v))
+    if k.shape[2] % axis_product(heads):
+        k, v = (jnp.repeat(a, axis_product(heads) // a.shape[2], axis=2) for a in (k, v))
     kernel = _splash_kernel(
-        q.shape[2] // _ways(heads), q.shape[1], _ways(seq), sliding_window, interpret
+        q.shape[2] // axis_product(heads), q.shape[1], axis_product(seq), sliding_window, interpret
     )
     if segment_ids is None:
         segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
@@ -289,27 +288,20 @@ def _splash_kernel(num_heads, length, seq_shards, sliding_window, interpret):
 def _head_axes(num_heads: int, num_kv_heads: int) -> tuple[str, ...]:
     """Mesh axes over the heads such that every device holds the kv heads of its queries."""
     axes = mesh_axes("act_heads", num_heads)
-    while num_kv_heads % _ways(axes) and _ways(axes) % num_kv_heads:
+    while num_kv_heads % axis_product(axes) and axis_product(axes) % num_kv_heads:
         axes = axes[:-1]
     return axes
-
-
-def _ways(axes: tuple[str, ...]) -> int:
-    sizes = free_axes()
-    return math.prod(sizes[axis] for axis in axes)
 
 
 # --- cudnn ----------------------------------------------------------------------------------------
 
 
 def _cudnn_unserved(q, k, irregular, *, segment_ids, sliding_window, scale) -> str | None:
-    del k, sliding_window, scale
+    del k, segment_ids, sliding_window, scale
     if target_platform() != "gpu":
         return f"it runs on NVIDIA GPUs, and this program is traced for {target_platform()}"
     if irregular:
         return irregular
-    if segment_ids is not None:
-        return "it has segment_ids"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the dtype is {q.dtype}, not bfloat16 or float16"
     if q.shape[3] % 8 or q.shape[3] > 128:
@@ -318,10 +310,20 @@ def _cudnn_unserved(q, k, irregular, *, segment_ids, sliding_window, scale) -> s
 
 
 def _cudnn_attention(q, k, v, *, segment_ids, sliding_window, scale):
-    del segment_ids
     window = None if sliding_window is None else (sliding_window - 1, 0)
+    mask = None
+    if segment_ids is not None:
+        # One (T, T) mask for all heads: the only form in which cuDNN takes packed documents here.
+        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scale,
+        is_causal=True,
+        local_window_size=window,
+        implementation="cudnn",
     )
 
 

@@ -44,6 +44,12 @@ def mesh_axes(logical: str, dimension: int | None = None) -> tuple[str, ...]:
     return axes
 
 
+def axis_product(axes: tuple[str, ...]) -> int:
+    """Number of devices along some of the mesh axes."""
+    sizes = free_axes()
+    return math.prod(sizes[axis] for axis in axes)
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Pin the sharding of an activation by its logical axes; what does not divide is replicated."""
     if math.prod(free_axes().values()) == 1:

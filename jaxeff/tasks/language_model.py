@@ -54,8 +54,8 @@ class LanguageModelOptions:
       init_from: start from the parameters of a Hugging Face folder or of another run's workdir
         (fine-tuning); None starts from random ones.
       z_loss: weight of the squared log-partition function (PaLM, arXiv 2204.02311, section 5).
-      loss_chunk_size: tokens whose logits exist at once in the loss; None decides by the size of
-        the vocabulary (whole logits below 32,768).
+      loss_chunk_size: tokens whose logits exist at once on each device; None computes whole logits
+        for vocabularies below 32,768 and chunks of half a gigabyte above.
       ngram_order: context length of the byte n-gram model the report compares with; 0 leaves it
         out. It is fitted only where the tokenizer is ``bytes``.
       sample_prompt: what the sample at the end continues.
@@ -82,7 +82,6 @@ class LanguageModelOptions:
 MODEL, DATA, OPTIONS = DecoderConfig, DataConfig, LanguageModelOptions
 
 WHOLE_LOGITS_BELOW = 32_768
-DEFAULT_CHUNK = 4096
 
 
 def make_task(experiment: Experiment) -> LanguageModelTask:
@@ -204,17 +203,16 @@ class LanguageModelTask:
     def _cross_entropy(self, params: Any, batch: Batch, z_loss: float):
         """Returns the summed loss, the number of target tokens, and the decoder's ``aux``."""
         chunk = self.options.loss_chunk_size
-        if chunk is None and self.model.vocab_size >= WHOLE_LOGITS_BELOW:
-            chunk = DEFAULT_CHUNK
+        whole = chunk is None and self.model.vocab_size < WHOLE_LOGITS_BELOW
         output = self.decoder.apply(
             {"params": params},
             batch["tokens"],
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
-            return_logits=chunk is None,
+            return_logits=whole,
         )
         targets, mask = batch["targets"], batch["loss_mask"]
-        if chunk is None:
+        if whole:
             total, weight = cross_entropy(output.logits, targets, mask, z_loss)
         else:
             kernel = head_kernel(params, self.model)

@@ -177,10 +177,10 @@ class Trainer:
 
     def lower_step(self, plan: Plan | None = None) -> Any:
         """Returns the lowered train step, from shapes alone: nothing is allocated."""
+        # Outside the mesh, whose devices may not be there.
+        plan = plan or self.controller.propose(0)
         with use_mesh(self.mesh, self.rules):
-            return self.steps.lower(
-                self.abstract_state, self.abstract_batch(), plan or self.controller.propose(0)
-            )
+            return self.steps.lower(self.abstract_state, self.abstract_batch(), plan)
 
     def fit(
         self, workdir: str | os.PathLike, run_config: Mapping[str, Any] | None = None

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxeff.training.config import ConfigError, MeshConfig
@@ -80,11 +81,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh of ``config`` over ``devices`` (default: all devices of all processes).
 
     On TPU slices the devices are laid out so that neighbouring mesh positions are neighbouring
-    chips (``jax.make_mesh``).
+    chips, where the mesh allows it: an axis may have to share a dimension of the torus with another
+    (16 x 4 on a torus of 8 x 8).
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    layout = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+    return Mesh(layout, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def fit_rules(

@@ -1,5 +1,6 @@
 """What `jaxeff.language.attention` must compute, whatever the implementation."""
 
+import importlib
 import os
 
 import jax
@@ -295,3 +296,47 @@ def test_calls_the_kernel_does_not_serve_fall_back_on_tpu(tpu_devices):
     assert "tpu_custom_call" not in compile_for(mesh, shapes)
     with pytest.raises(NotImplementedError, match="96, is not a multiple of 128"):
         compile_for(mesh, shapes, implementation="mosaic_tpu")
+
+
+# --- cudnn ----------------------------------------------------------------------------------------
+
+# The package exports the function under the module's name.
+attention_module = importlib.import_module("jaxeff.language.attention")
+
+
+@pytest.mark.parametrize(("segments", "window"), [(None, None), (PACKED, None), (PACKED, 40)])
+def test_what_cudnn_is_asked_for_is_this_attention(segments, window, monkeypatch):
+    """The same call through JAX's own XLA path, since cuDNN needs a GPU."""
+    asked = jax.nn.dot_product_attention
+
+    def on_xla(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return asked(*args, implementation="xla", **kwargs)
+
+    q, k, v = random_qkv(length=256, heads=4, kv_heads=2, head_dim=16)
+    call = {"segment_ids": segments, "sliding_window": window, "scale": 0.25}
+    expected = attention(q, k, v, **call)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+    monkeypatch.setattr(attention_module, "target_platform", lambda: "gpu")
+    # bfloat16 inputs choose cuDNN by themselves; float32 ones here keep the comparison exact.
+    found = attention_module._cudnn_attention(q, k, v, **call)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    assert attention_module._kernel_of_platform(*half[:2], None, **call) == "cudnn"
+
+
+@pytest.mark.cuda_compile
+@pytest.mark.parametrize("packed", [False, True])
+def test_cudnn_attention_compiles_for_h100_without_the_square_of_logits(cuda, packed):
+    spec = jax.ShapeDtypeStruct((2, 2048, 16, 64), jnp.bfloat16)
+    keys = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
+
+    def loss(q, k, v, segments):
+        out = attention(q, k, v, segment_ids=segments if packed else None)
+        return jnp.sum(out.astype(jnp.float32))
+
+    report = cuda(jax.grad(loss, argnums=(0, 1, 2)), (spec, keys, keys, segments), "h100")
+    assert "__cudnn$fmha" in report.hlo
+    # One head's float32 logits of both rows are 32 MiB; all 16 heads' would be 512.
+    assert report.memory.temporaries < 160 * 2**20
