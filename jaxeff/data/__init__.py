@@ -18,14 +18,12 @@ from jaxeff.data.loader import (
     make_train_iterator,
 )
 from jaxeff.data.packing import TokenStream, Windows, tokenize
-from jaxeff.data.placement import DevicePrefetcher, prefetch_to_device
 
 __all__ = [
     "TEXT_SUFFIXES",
     "Corpus",
     "DataConfig",
     "DataStateError",
-    "DevicePrefetcher",
     "Document",
     "EvalBatches",
     "TokenStream",
@@ -34,6 +32,5 @@ __all__ = [
     "eval_batches",
     "load_corpus",
     "make_train_iterator",
-    "prefetch_to_device",
     "tokenize",
 ]
