@@ -21,6 +21,7 @@ import jax
 from rich.console import Console
 
 from jaxeff.bench.measure import (
+    DEFAULT_ROUNDS,
     BenchError,
     RowResult,
     environment,
@@ -31,6 +32,7 @@ from jaxeff.bench.report import (
     Failure,
     Report,
     append_results,
+    busy,
     check_writable,
     print_row,
     write_json,
@@ -56,7 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="list the rows, or the settings of those named, and exit",
     )
     parser.add_argument("--device", choices=PLATFORMS, help="default: the best one that is there")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    parser.add_argument(
+        "--rounds", type=int, help=f"interleaved rounds (default {DEFAULT_ROUNDS} for most rows)"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -88,7 +92,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"unknown argument {unknown[0]!r}{nearest(name, known)}")
     if not flags.names and not flags.list:
         parser.error("name at least one row (--list shows them)")
-    if flags.rounds < 1:
+    if flags.rounds is not None and flags.rounds < 1:
         parser.error(f"--rounds is {flags.rounds}; expected at least 1")
     return flags
 
@@ -140,7 +144,7 @@ def list_rows(names: Sequence[str], changes: dict[str, str], platform: str, cons
 
 
 def measure_row(
-    row: Row, changes: dict[str, str], device: jax.Device, rounds: int, console: Console
+    row: Row, changes: dict[str, str], device: jax.Device, rounds: int | None, console: Console
 ) -> RowResult:
     """Measures all cases of a row.
 
@@ -149,6 +153,7 @@ def measure_row(
       ConfigError: for settings that cannot work.
     """
     settings = make_settings(row, device.platform, changes)
+    rounds = rounds or getattr(settings, "ROUNDS", DEFAULT_ROUNDS)
     results = []
     with console.status(f"{row.name}: preparing") as status:
         for case in settings.cases(device):
@@ -181,6 +186,8 @@ def run(flags: argparse.Namespace, console: Console) -> Report:
     for row in rows:
         make_settings(row, device.platform, changes)
     where = environment(device)
+    if warning := busy(where):
+        console.print(f"note: {warning}\n", highlight=False)
     results, failures = [], []
     for row in rows:
         try:

@@ -25,6 +25,8 @@ import jax
 # last call do not count.
 SHORTEST_SECONDS = 0.02
 
+DEFAULT_ROUNDS = 5
+
 
 class BenchError(RuntimeError):
     """A row cannot be measured here, and the message says what is missing."""
@@ -142,7 +144,8 @@ class Case:
 class Settings(Protocol):
     """A row's class: a frozen dataclass of settings that knows how to measure them.
 
-    It may have a class attribute ``ON_ACCELERATOR``, the settings that differ there.
+    It may have class attributes ``ON_ACCELERATOR``, the settings that differ there, and ``ROUNDS``,
+    how many rounds to take unless the command line says.
     """
 
     def cases(self, device: jax.Device) -> Iterator[Case]:
@@ -182,12 +185,15 @@ class CaseResult:
     """What one case gave; see ``Case``.
 
     Attributes:
+      fastest: the ratio of each variant's fastest run: on a busy machine, nearer to what it would
+        be alone than the median is.
       seconds: of one run, by variant.
     """
 
     name: str
     ratio_name: str
     ratio: Spread
+    fastest: float
     limit: float | None
     limit_note: str
     paper: str
@@ -280,14 +286,17 @@ def measure_case(case: Case, rounds: int) -> CaseResult:
                 values={name: samples[name].values for name in runs},
             )
         )
+    seconds = {name: Spread.over([r.seconds[name] for r in measured]) for name in runs}
+    fastest = Round({name: spread.low for name, spread in seconds.items()}, measured[-1].values)
     return CaseResult(
         name=case.name,
         ratio_name=case.name_of_ratio(),
         ratio=Spread.over([case.ratio_of(r) for r in measured]),
+        fastest=case.ratio_of(fastest),
         limit=case.limit,
         limit_note=case.limit_note,
         paper=case.paper,
-        seconds={name: Spread.over([r.seconds[name] for r in measured]) for name in runs},
+        seconds=seconds,
         figures=tuple(
             Measured(f.name, f.unit, Spread.over([f.of(r) for r in measured])) for f in case.figures
         ),

@@ -89,6 +89,8 @@ def append_results(report: Report, path: str | os.PathLike) -> None:
 def to_markdown(report: Report) -> str:
     """Returns the report as a section of Markdown, one table for each row."""
     lines = [f"## {describe(report.environment)}", ""]
+    if warning := busy(report.environment):
+        lines += [f"{warning[0].upper()}{warning[1:]}.", ""]
     for row in report.rows:
         lines += [f"### {row.name}", "", f"{row.claim}.{_origin(row)}", ""]
         lines += [_markdown_line(COLUMNS), _markdown_line(["---"] * len(COLUMNS))]
@@ -130,9 +132,19 @@ def describe(where: Environment) -> str:
     device = where.device
     if where.platform == "cpu":
         device = f"{where.processor}, {where.cores} cores"
-    load = "" if where.load is None else f" (load {where.load:.1f} before)"
     versions = ", ".join(f"{name} {version}" for name, version in where.versions.items())
-    return f"{where.date} · {where.platform}: {device}{load} · Python {where.python}, {versions}"
+    return f"{where.date} · {where.platform}: {device} · Python {where.python}, {versions}"
+
+
+def busy(where: Environment) -> str:
+    """Returns a warning when others were using the cores, else nothing."""
+    if where.load is None or where.load < where.cores / 2:
+        return ""
+    return (
+        f"the machine was busy (load {where.load:.1f} on {where.cores} cores) before this run: "
+        "times on a CPU are those of a shared machine, and threads that wait for one another "
+        "(PyTorch's do) lose most; the ratio of the fastest runs is the one to look at"
+    )
 
 
 def table_lines(row: RowResult) -> list[list[str]]:
@@ -142,6 +154,7 @@ def table_lines(row: RowResult) -> list[list[str]]:
         paper = case.paper or row.paper or "-"
         limit = "-" if case.limit is None else number(case.limit)
         lines.append([case.name, case.ratio_name, *_cells(case.ratio), paper, limit])
+        lines.append(["", "  of the fastest runs", number(case.fastest), "", "", ""])
         lines += [["", *_figure(figure), "", ""] for figure in case.figures]
         lines += [["", f"{name} (s)", *_cells(s), "", ""] for name, s in case.seconds.items()]
     return lines

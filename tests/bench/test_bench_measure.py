@@ -37,6 +37,7 @@ def test_the_ratio_is_taken_within_a_round_before_the_median():
     result = measure_case(Case("case", ours, (theirs,)), rounds=3)
     assert result.ratio == Spread(median=2.0, low=2.0, high=3.0)
     assert result.ratio_name == "theirs / ours"
+    assert result.fastest == 2.0
     assert result.seconds == {"ours": Spread(2, 1, 10), "theirs": Spread(6, 2, 20)}
 
 

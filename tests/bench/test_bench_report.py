@@ -1,5 +1,6 @@
 """Reports: JSON with a stable layout, a Markdown section for each run, tables."""
 
+import dataclasses
 import io
 import json
 
@@ -13,6 +14,7 @@ from jaxeff.bench.report import (
     Failure,
     Report,
     append_results,
+    busy,
     check_writable,
     number,
     print_row,
@@ -49,7 +51,7 @@ def test_json_has_the_documented_layout(report, tmp_path):
     (case,) = row["cases"]
     assert set(case["ratio"]) == {"median", "low", "high"}
     assert set(case["seconds"]) == {"ours", "theirs"}
-    assert case["limit"] == 2.0
+    assert case["limit"] == 2.0 and case["fastest"] > 0
 
 
 def test_results_are_appended_under_one_heading(report, tmp_path):
@@ -75,6 +77,15 @@ def test_the_markdown_section_says_what_where_and_with_which_settings(report):
     assert "* limit (nothing): half of nothing." in text
     assert "size=3, shape=(1, 2); 2 rounds" in text
     assert "other was not measured: no such chip" in text
+
+
+def test_a_busy_machine_is_mentioned(report):
+    quiet = dataclasses.replace(report.environment, load=0.1, cores=2)
+    loaded = dataclasses.replace(report.environment, load=3.0, cores=2)
+    unknown = dataclasses.replace(report.environment, load=None)
+    assert busy(quiet) == busy(unknown) == ""
+    text = to_markdown(dataclasses.replace(report, environment=loaded))
+    assert "The machine was busy (load 3.0 on 2 cores)" in text
 
 
 def test_the_table_shows_paper_ratio_and_limit(report):

@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -33,15 +33,17 @@ class TorchStep:
 
     experiment: str = "lm_stdlib"
     config: dict = dataclasses.field(default_factory=dict)
-    steps: int = 4
+    steps: int = 1
     fused: bool = True
+
+    # Single steps and many of them, so that some are undisturbed on a machine with other work.
+    ROUNDS: ClassVar[int] = 20
 
     def cases(self, device: jax.Device) -> Iterator[Case]:
         """Yields one case."""
         if importlib.util.find_spec("torch") is None:
             raise BenchError("torch is not installed (pip install torch)")
-        # AdamW as both libraries understand it: a constant rate, decay of matrices and gains alike
-        # would differ, so there is none.
+        # No weight decay: jaxeff leaves the norms' gains out of it, torch.optim.AdamW does not.
         fixed = {
             "optimizer.name": "adamw",
             "optimizer.schedule": "constant",
@@ -62,7 +64,8 @@ class TorchStep:
             name=f"{tokens} tokens",
             technique=Variant(ours, lambda: lambda: runner.steps(lambda: batch, self.steps)),
             baselines=(Variant(theirs, lambda: lambda: steps(self.steps)),),
-            limit_note="none; 1 or more means not slower than PyTorch.",
+            limit_note="there is none; 1 or more means not slower than PyTorch. On a busy machine "
+            "run both on one core (taskset -c 0): PyTorch's threads wait for one another.",
             figures=[
                 Figure(
                     f"time per step, {name}",

@@ -197,9 +197,12 @@ class DecoderTrain:
         )
 
     def _data(self, runner: StepRunner, batch: Any, data: Any) -> Case:
+        # Many more steps than batches that are ready when a run begins.
+        steps = max(self.steps, 4 * runner.task.data.prefetch)
+
         def with_data():
             waited, started = data.wait_seconds, time.perf_counter()
-            runner.steps(lambda: runner.place(next(data)), self.steps)
+            runner.steps(lambda: runner.place(next(data)), steps)
             seconds = time.perf_counter() - started
             return Sample(seconds, {"waiting": data.wait_seconds - waited})
 
@@ -207,7 +210,7 @@ class DecoderTrain:
             name="data",
             technique=Variant("real data", lambda: with_data),
             baselines=(
-                Variant("constant batch", lambda: lambda: runner.steps(lambda: batch, self.steps)),
+                Variant("constant batch", lambda: lambda: runner.steps(lambda: batch, steps)),
             ),
             limit=1.0,
             limit_note="loading is hidden when steps on new data take no longer than steps on one "
