@@ -33,9 +33,9 @@ def get_config() -> ConfigDict:
         {
             "name": "muon",
             "learning_rate": 1e-2,
-            "schedule": "linear",
-            "warmup_steps": 20,
-            "final_learning_rate_ratio": 0.02,
+            # Does not depend on num_steps: a run that is prolonged equals a longer one.
+            "schedule": "rsqrt",
+            "warmup_steps": 40,
             "weight_decay": 0.01,
         }
     )

@@ -248,9 +248,11 @@ class OptimizerConfig:
       name: ``adamw``, ``adam``, ``lion``, ``sgd`` or ``muon``. ``muon`` updates the matrices
         inside the layers with Muon and everything else with AdamW.
       learning_rate: peak learning rate.
-      schedule: ``cosine``, ``linear``, ``constant`` or ``wsd`` (warm-up, stable, decay).
+      schedule: ``cosine``, ``linear`` or ``wsd`` (warm-up, stable, decay), which end with the run;
+        ``constant`` or ``rsqrt`` (falls with the root of the step), which do not depend on its
+        length, so that a run may be prolonged as if it had been longer from the start.
       warmup_steps: steps of linear warm-up from 0.
-      decay_steps: length of the decay of ``wsd``; other schedules decay until the last step.
+      decay_steps: length of the decay of ``wsd``; None takes a fifth of the steps.
       final_learning_rate_ratio: learning rate at the last step over the peak.
       b1: decay of the first moment; momentum of ``sgd``.
       b2: decay of the second moment.
@@ -262,7 +264,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adam", "lion", "sgd", "muon"] = "adamw"
     learning_rate: float = 3e-4
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd", "rsqrt"] = "cosine"
     warmup_steps: int = 0
     decay_steps: int | None = None
     final_learning_rate_ratio: float = 0.1

@@ -33,15 +33,16 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_learning_rate_ratio
     warmup = config.warmup_steps
-    # Without a warm-up longer than the run there is always at least one step after it.
     rest = num_steps - warmup
-    if rest < 1:
+    if rest < 1 and config.schedule not in ("constant", "rsqrt"):
         raise ConfigError(
             f"optimizer.warmup_steps is {warmup}; expected fewer than training.num_steps "
             f"({num_steps})"
         )
     if config.schedule == "constant":
         main = optax.constant_schedule(peak)
+    elif config.schedule == "rsqrt":
+        main = _inverse_square_root(peak, max(warmup, 1))
     elif config.schedule == "linear":
         main = optax.linear_schedule(peak, final, rest)
     elif config.schedule == "cosine":
@@ -52,6 +53,11 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
         return main
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([ramp, main], [warmup])
+
+
+def _inverse_square_root(peak: float, warmup: int) -> optax.Schedule:
+    """``peak`` at the end of the warm-up, then falling with the square root of the step."""
+    return lambda step: peak * jnp.sqrt(warmup / (jnp.asarray(step, jnp.float32) + warmup))
 
 
 def _stable_then_decay(

@@ -82,6 +82,7 @@ def test_decay_spares_gains_and_biases():
         ({"schedule": "cosine"}, {0: 1.0, 50: 0.55, 100: 0.1}),
         ({"schedule": "cosine", "warmup_steps": 10}, {0: 1 / 11, 10: 1.0, 55: 0.55, 100: 0.1}),
         ({"schedule": "wsd", "decay_steps": 20}, {0: 1.0, 79: 1.0, 90: 0.55, 100: 0.1}),
+        ({"schedule": "rsqrt", "warmup_steps": 9}, {0: 0.1, 9: 1.0, 36: 0.5, 81: 1 / 3}),
         ({"schedule": "wsd"}, {0: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
     ],
 )
@@ -89,6 +90,13 @@ def test_schedules_hit_their_marks(settings, marks):
     schedule = make_schedule(OptimizerConfig(learning_rate=1.0, **settings), 100)
     for step, value in marks.items():
         assert float(schedule(step)) == pytest.approx(value, rel=1e-5), step
+
+
+@pytest.mark.parametrize("schedule", ["constant", "rsqrt"])
+def test_some_schedules_do_not_depend_on_the_length_of_the_run(schedule):
+    config = OptimizerConfig(schedule=schedule, warmup_steps=10)
+    short, long = make_schedule(config, 5), make_schedule(config, 500)
+    assert [float(short(s)) for s in range(40)] == [float(long(s)) for s in range(40)]
 
 
 def test_schedules_longer_than_the_run_are_refused():
