@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jax.sharding import PartitionSpec
 
 from jaxeff.language.config import DecoderConfig, MoEConfig
 from jaxeff.language.layers import Linear, gated_silu, residual_std
 from jaxeff.language.sharding import free_axes, mesh_axes, target_platform
 
-METHODS = (None, "ragged", "blocks")
+METHODS = (None, "gmm", "ragged", "blocks")
 
 
 class RouterStats(NamedTuple):
@@ -123,6 +124,7 @@ def expert_mlp(
     down: jax.Array,
     *,
     method: str | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """sum_j weights_j down_e(silu(gate_e(x)) up_e(x)), e = experts_j.
 
@@ -131,23 +133,31 @@ def expert_mlp(
       weights, experts: (N, k); experts outside 0..E-1 contribute nothing.
       gate, up: (E, d, f).
       down: (E, f, d).
-      method: "ragged" (`jax.lax.ragged_dot`), "blocks" (each expert's rows padded to blocks, one
-        batched matmul over the blocks), or None: "ragged" on TPU, where it is a native
-        instruction, and "blocks" elsewhere, where XLA would multiply every row by every expert.
+      method: "gmm" (JAX's grouped matmul kernel for TPU), "ragged" (`jax.lax.ragged_dot`), "blocks"
+        (each expert's rows padded to blocks, one batched matmul over the blocks), or None: "gmm" on
+        TPU and "blocks" elsewhere. Except on TPU v5p, XLA turns `ragged_dot` into a product of
+        every row with every expert.
+      interpret: run "gmm" without a TPU, for tests.
 
     Returns:
       (N, d) in x's dtype; products are accumulated over the choices in float32.
+
+    Raises:
+      ValueError: for an unknown method.
+      NotImplementedError: for "gmm" away from a TPU.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
+    if method == "gmm" and target_platform() != "tpu" and not interpret:
+        raise NotImplementedError(
+            f"method='gmm' runs on TPU, and this program is traced for {target_platform()}"
+        )
     if method is None:
-        method = "ragged" if target_platform() == "tpu" else "blocks"
-    num_experts = gate.shape[0]
+        method = "gmm" if target_platform() == "tpu" else "blocks"
     flat = experts.reshape(-1)
-    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    layout = _sorted(flat, num_experts) if method == "ragged" else _blocked(flat, num_experts)
+    flat = jnp.where((flat >= 0) & (flat < gate.shape[0]), flat, gate.shape[0])
+    layout, matmul = _METHODS[method](flat, gate.shape[0], interpret)
     rows = _dispatch(x, layout.source, layout.target)
-    matmul = functools.partial(_ragged_matmul if method == "ragged" else _block_matmul, layout)
     hidden = gated_silu(
         checkpoint_name(matmul(rows, gate), "mlp_gate"),
         checkpoint_name(matmul(rows, up), "mlp_up"),
@@ -155,16 +165,55 @@ def expert_mlp(
     return _combine(matmul(hidden, down), weights, layout.source, layout.target)
 
 
-def _sorted(experts: jax.Array, num_experts: int) -> Layout:
+def _by_ragged_dot(experts: jax.Array, num_experts: int, interpret: bool):
+    del interpret
+    layout = _sorted(experts, num_experts, experts.size)
+
+    def matmul(rows, kernel):
+        sizes = layout.group_sizes
+        out = jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=jnp.float32)
+        return out.astype(rows.dtype)
+
+    return layout, matmul
+
+
+def _by_gmm(experts: jax.Array, num_experts: int, interpret: bool):
+    tile = min(max(_power_of_two(experts.size // (2 * num_experts)), 128), 512)
+    layout = _sorted(experts, num_experts, -(-experts.size // tile) * tile)
+    return layout, functools.partial(
+        _gmm, group_sizes=layout.group_sizes, tile=tile, interpret=interpret
+    )
+
+
+def _by_blocks(experts: jax.Array, num_experts: int, interpret: bool):
+    del interpret
+    layout = _blocked(experts, num_experts)
+
+    def matmul(rows, kernel):
+        owners = layout.block_experts
+        blocks = rows.reshape(owners.size, -1, rows.shape[-1])
+        out = jnp.einsum("nbd,ndf->nbf", blocks, kernel[owners], preferred_element_type=jnp.float32)
+        return out.astype(rows.dtype).reshape(rows.shape[0], -1)
+
+    return layout, matmul
+
+
+_METHODS = {"gmm": _by_gmm, "ragged": _by_ragged_dot, "blocks": _by_blocks}
+
+
+def _sorted(experts: jax.Array, num_experts: int, num_rows: int) -> Layout:
+    """Assignments in the order of their experts; absent ones and padding come last."""
     order, rank, sizes = _sort(experts, num_experts)
-    target = jnp.where(experts < num_experts, rank, experts.size)
-    return Layout(source=order, target=target, group_sizes=sizes, block_experts=None)
+    count = experts.size
+    source = jnp.pad(order, (0, num_rows - count), constant_values=count)
+    target = jnp.where(experts < num_experts, rank, num_rows)
+    return Layout(source=source, target=target, group_sizes=sizes, block_experts=None)
 
 
 def _blocked(experts: jax.Array, num_experts: int) -> Layout:
     """Rows of each expert padded to whole blocks; at most half as many rows again."""
     count = experts.size
-    block = _block_size(count, num_experts)
+    block = _power_of_two(count // (2 * num_experts))  # up to half an even share
     num_blocks = (count + min(num_experts, count) * (block - 1)) // block
     order, rank, sizes = _sort(experts, num_experts)
     first = jnp.cumsum(sizes) - sizes  # place of each expert's first assignment in the order
@@ -187,10 +236,9 @@ def _blocked(experts: jax.Array, num_experts: int) -> Layout:
     )
 
 
-def _block_size(count: int, num_experts: int) -> int:
-    """Largest power of two up to half an even share of the rows."""
-    share = max(count // (2 * num_experts), 1)
-    return 1 << (share.bit_length() - 1)
+def _power_of_two(limit: int) -> int:
+    """The largest power of two up to `limit`, at least 1."""
+    return 1 << (max(limit, 1).bit_length() - 1)
 
 
 def _sort(experts: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -201,17 +249,33 @@ def _sort(experts: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, j
     return order, rank, sizes
 
 
-def _ragged_matmul(layout: Layout, rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    out = jax.lax.ragged_dot(rows, kernel, layout.group_sizes, preferred_element_type=jnp.float32)
-    return out.astype(rows.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _gmm(rows, kernel, group_sizes, tile, interpret=False):
+    """Rows of group e times kernel[e]; rows beyond the groups are left undefined."""
+    tiling = (tile, *_kernel_tile(kernel.shape[1:]))
+    return gmm(rows, kernel, group_sizes, rows.dtype, tiling, interpret=interpret)
 
 
-def _block_matmul(layout: Layout, rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    blocks = rows.reshape(layout.block_experts.size, -1, rows.shape[-1])
-    out = jnp.einsum(
-        "nbd,ndf->nbf", blocks, kernel[layout.block_experts], preferred_element_type=jnp.float32
-    )
-    return out.astype(rows.dtype).reshape(rows.shape[0], -1)
+def _gmm_fwd(rows, kernel, group_sizes, tile, interpret):
+    return _gmm(rows, kernel, group_sizes, tile, interpret), (rows, kernel, group_sizes)
+
+
+def _gmm_bwd(tile, interpret, residuals, g):
+    rows, kernel, group_sizes = residuals
+    inner, outer = _kernel_tile(kernel.shape[1:])
+    d_rows = gmm(
+        g, kernel, group_sizes, rows.dtype, (tile, outer, inner),
+        transpose_rhs=True, interpret=interpret,
+    )  # fmt: skip
+    d_kernel = tgmm(rows.T, g, group_sizes, kernel.dtype, (tile, inner, outer), interpret=interpret)
+    return d_rows, d_kernel, None
+
+
+_gmm.defvjp(_gmm_fwd, _gmm_bwd)
+
+
+def _kernel_tile(shape: tuple[int, int]) -> tuple[int, int]:
+    return min(shape[0], 1024), min(shape[1], 512)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -271,8 +335,9 @@ def sharded_expert_mlp(
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
+    **options,
 ) -> jax.Array:
-    """`expert_mlp` over (B, T, ...) arrays on the mesh of the traced program.
+    """`expert_mlp` and its options over (B, T, ...) arrays on the mesh of the traced program.
 
     Every device sorts its own tokens. Along the mesh axes of "expert" the tokens are gathered,
     each device computes the experts it owns, and the partial sums are scattered back; along those
@@ -281,7 +346,7 @@ def sharded_expert_mlp(
     batch, seq = mesh_axes("act_batch", x.shape[0]), mesh_axes("act_seq", x.shape[1])
     owners, width = mesh_axes("expert", gate.shape[0]), mesh_axes("act_mlp", gate.shape[2])
     if not (batch or seq or owners or width):
-        return _flat_expert_mlp(x, weights, experts, gate, up, down)
+        return _flat_expert_mlp(x, weights, experts, gate, up, down, **options)
     gathered = tuple(axis for axis in owners if axis in batch)
     summed = tuple(axis for axis in owners if axis not in batch) + width
     tokens = PartitionSpec(batch or None, seq or None)
@@ -300,14 +365,19 @@ def sharded_expert_mlp(
             )
         if owners:
             experts = experts - jax.lax.axis_index(owners) * gate.shape[0]
-        y = _flat_expert_mlp(x, weights, experts, gate, up, down)
+        y = _flat_expert_mlp(x, weights, experts, gate, up, down, **options)
         if gathered:
             y = jax.lax.psum_scatter(y, gathered, scatter_dimension=0, tiled=True)
         return jax.lax.psum(y, summed) if summed else y
 
-    return jax.shard_map(local, in_specs=specs, out_specs=tokens, axis_names=set(free_axes()))(
-        x, weights, experts, gate, up, down
-    )
+    return jax.shard_map(
+        local,
+        in_specs=specs,
+        out_specs=tokens,
+        axis_names=set(free_axes()),
+        # The kernel of "gmm" does not say how its outputs vary.
+        check_vma=options.get("method") != "gmm" and target_platform() != "tpu",
+    )(x, weights, experts, gate, up, down)
 
 
 def _varying(x, axes, spec):
@@ -317,13 +387,14 @@ def _varying(x, axes, spec):
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _flat_expert_mlp(x, weights, experts, *kernels):
+def _flat_expert_mlp(x, weights, experts, *kernels, **options):
     num_tokens, num_choices = x.shape[0] * x.shape[1], weights.shape[-1]
     y = expert_mlp(
         x.reshape(num_tokens, -1),
         weights.reshape(num_tokens, num_choices),
         experts.reshape(num_tokens, num_choices),
         *kernels,
+        **options,
     )
     return y.reshape(x.shape)
 

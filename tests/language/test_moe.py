@@ -91,7 +91,7 @@ def test_an_even_router_costs_its_number_of_choices():
 # --- experts --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["ragged", "blocks"])
+@pytest.mark.parametrize("method", ["gmm", "ragged", "blocks"])
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "k"), [(24, 5, 2), (1, 8, 2), (40, 3, 3), (7, 16, 1), (33, 1, 1)]
 )
@@ -101,7 +101,7 @@ def test_experts_equal_the_dense_reference_with_gradients(method, num_tokens, nu
     def loss(fn, x, weights, kernels):
         return jnp.sum(jnp.sin(fn(x, weights, experts, *kernels)))
 
-    sparse = functools.partial(expert_mlp, method=method)
+    sparse = functools.partial(expert_mlp, method=method, interpret=True)
     np.testing.assert_allclose(
         sparse(x, weights, experts, *kernels),
         dense_reference(x, weights, experts, *kernels),
@@ -113,7 +113,7 @@ def test_experts_equal_the_dense_reference_with_gradients(method, num_tokens, nu
     assert relative_error(found, gradient(dense_reference, x, weights, kernels)) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["ragged", "blocks"])
+@pytest.mark.parametrize("method", ["gmm", "ragged", "blocks"])
 def test_skewed_empty_and_absent_experts(method):
     x, weights, _, *kernels = problem(num_tokens=32, num_experts=6)
     # Expert 1 has nearly everything, 0, 3 and 4 have nothing, -1 and 6 are not here.
@@ -121,14 +121,16 @@ def test_skewed_empty_and_absent_experts(method):
     experts = experts.at[7].set(-1).at[9, 1].set(6)
     here = (experts >= 0) & (experts < 6)
     expected = dense_reference(x, jnp.where(here, weights, 0), experts, *kernels)
-    found = expert_mlp(x, weights, experts, *kernels, method=method)
+    found = expert_mlp(x, weights, experts, *kernels, method=method, interpret=True)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert not np.any(found[7])
 
 
-def test_unknown_method_is_refused():
+def test_methods_that_cannot_run_are_refused():
     with pytest.raises(ValueError, match="method='dense'"):
         expert_mlp(*problem(), method="dense")
+    with pytest.raises(NotImplementedError, match="traced for cpu"):
+        expert_mlp(*problem(), method="gmm")
 
 
 def flops(num_experts, k, num_tokens=256):
@@ -215,6 +217,21 @@ def test_experts_on_a_mesh_equal_one_device(name, batch):
     assert relative_error(found, expected) < 1e-5
 
 
+def test_the_grouped_kernel_on_a_mesh_equals_one_device():
+    x, weights, experts, *kernels = problem(num_tokens=32, num_experts=8)
+    x, weights, experts = (a.reshape(8, 4, -1) for a in (x, weights, experts))
+
+    def loss(x, weights, kernels):
+        call = functools.partial(sharded_expert_mlp, method="gmm", interpret=True)
+        return jnp.sum(jnp.sin(call(x, weights, experts, *kernels)))
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    expected = gradient(x, weights, kernels)
+    with jax.set_mesh(make_mesh(**MESHES["experts and tensor"])), nn.logical_axis_rules(RULES):
+        found = jax.jit(gradient)(x, weights, kernels)
+    assert relative_error(found, expected) < 1e-5
+
+
 def test_sharded_moe_decoder_equals_one_device_and_really_is_sharded():
     config = tiny(vocab_size=64, num_layers=2, moe=MoEConfig(8, router_aux_loss_coef=0.1))
     tokens = tokens_of(8, 8)
@@ -243,18 +260,33 @@ def test_sharded_moe_decoder_equals_one_device_and_really_is_sharded():
 
 
 @pytest.mark.tpu_compile
-def test_tpu_uses_the_ragged_instruction():
+@pytest.mark.parametrize("sizes", [{}, {"expert": 2, "fsdp": 2}], ids=["one chip", "four chips"])
+def test_tpu_computes_only_the_chosen_experts(sizes):
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = make_mesh(devices, expert=4)
-    args = problem(num_tokens=64, width=128, hidden=256, num_experts=8)
-    args = [a.reshape(4, 16, -1) if i < 3 else a for i, a in enumerate(args)]
+    mesh = make_mesh(devices, **sizes)
     placed = NamedSharding(mesh, PartitionSpec())
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed) for a in args]
+    batch, length, width, hidden, num_experts = 4, 256, 256, 512, 16
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+        for shape, dtype in (
+            ((batch, length, width), "bfloat16"),
+            ((batch, length, 2), "float32"),
+            ((batch, length, 2), "int32"),
+            ((num_experts, width, hidden), "bfloat16"),
+            ((num_experts, width, hidden), "bfloat16"),
+            ((num_experts, hidden, width), "bfloat16"),
+        )
+    ]
+
+    def loss(*args):
+        return jnp.sum(sharded_expert_mlp(*args).astype(jnp.float32))
+
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        lowered = jax.jit(sharded_expert_mlp).lower(*shapes)
-        compiled = lowered.compile()
-    assert "ragged_dot" in lowered.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 3, 4, 5))).lower(*shapes).compile()
+    products = 3 * 3 * 2 * batch * length * 2 * width * hidden
+    # With four chips, tokens of two meet on each: half the rows are there twice.
+    assert compiled.cost_analysis()["flops"] < 1.2 * products / (2 if sizes else 1)
+    assert compiled.as_text().count("tpu_custom_call") >= 9
