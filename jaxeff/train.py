@@ -29,6 +29,7 @@ from jaxeff.tasks.experiment import load_experiment, make_task, make_trainer, sh
 from jaxeff.training import CheckpointError, ConfigError, NonFiniteError
 from jaxeff.training.config import nearest
 from jaxeff.training.distributed import initialize
+from jaxeff.training.host import keep_freed_memory
 
 OVERRIDE = "--config."
 
@@ -146,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.list:
             print_configs()
             return 0
+        keep_freed_memory()
         run(flags, overrides)
     except (
         CheckpointError,

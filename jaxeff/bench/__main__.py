@@ -38,6 +38,7 @@ from jaxeff.bench.report import (
     write_json,
 )
 from jaxeff.training.config import ConfigError, nearest, to_dict
+from jaxeff.training.host import keep_freed_memory
 
 # What jax calls the platforms.
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
@@ -208,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     console = Console(width=None if sys.stdout.isatty() else 140)
     flags = parse(sys.argv[1:] if arguments is None else arguments)
+    keep_freed_memory()  # as jaxeff.train does
     try:
         if flags.list:
             platform = flags.device or ("cpu" if not flags.names else jax.default_backend())
