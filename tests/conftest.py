@@ -14,6 +14,7 @@ if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
 # What follows imports jax.
+import jax  # noqa: E402
 from aot_fixtures import cuda, prepare_compilers, tpu  # noqa: E402
 
 __all__ = ["cuda", "tpu"]
@@ -21,6 +22,13 @@ __all__ = ["cuda", "tpu"]
 prepare_compilers()
 
 REQUIRE_ALL = os.environ.get("JAXEFF_REQUIRE_ALL") == "1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """Drops a module's compiled programs after it: kept, they would fill gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.hookimpl(wrapper=True)
