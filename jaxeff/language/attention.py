@@ -306,7 +306,7 @@ def _head_axes(num_heads: int, num_kv_heads: int) -> tuple[str, ...]:
 
 
 def _cudnn_unserved(q, k, irregular, *, segment_ids, sliding_window, scale) -> str | None:
-    del k, segment_ids, sliding_window, scale
+    del k, sliding_window, scale
     if target_platform() != "gpu":
         return f"it runs on NVIDIA GPUs, and this program is traced for {target_platform()}"
     if irregular:
@@ -315,6 +315,8 @@ def _cudnn_unserved(q, k, irregular, *, segment_ids, sliding_window, scale) -> s
         return f"the dtype is {q.dtype}, not bfloat16 or float16"
     if q.shape[3] % 8 or q.shape[3] > 128:
         return f"head_dim={q.shape[3]} is not a multiple of 8 up to 128"
+    if segment_ids is not None and q.shape[1] % 2:
+        return f"it has segment_ids and an odd length, {q.shape[1]}"
     return None
 
 

@@ -61,7 +61,7 @@ def loss_and_gradients(config, params, tokens, **call):
 # --- caching --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "mixtral", "qwen3_moe"])
 def test_cached_chunks_of_any_size_equal_the_full_forward(family):
     config = tiny(**FAMILIES[family])
     forward, tokens = applied(config), tokens_of(2, LENGTH)
@@ -206,8 +206,10 @@ def test_stacking_is_lossless_and_refuses_what_it_cannot_stack():
         stack_layers(params_of(mixed))
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("remat", ["full", "dots_with_no_batch_dims", "names"])
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"),
+    [("full", True), ("full", False), ("dots_with_no_batch_dims", True), ("names", False)],
+)
 def test_remat_changes_memory_not_numbers(remat, scan_layers):
     config = tiny(scan_layers=scan_layers, num_layers=2)
     params, tokens = params_of(config), tokens_of(2, 8)

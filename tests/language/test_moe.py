@@ -91,9 +91,12 @@ def test_an_even_router_costs_its_number_of_choices():
 # --- experts --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["gmm", "ragged", "blocks"])
+SIZES = [(24, 5, 2), (1, 8, 2), (40, 3, 3), (7, 16, 1), (33, 1, 1)]  # tokens, experts, choices
+
+
 @pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "k"), [(24, 5, 2), (1, 8, 2), (40, 3, 3), (7, 16, 1), (33, 1, 1)]
+    ("method", "num_tokens", "num_experts", "k"),
+    [("gmm", *SIZES[0]), ("ragged", *SIZES[0]), *(("blocks", *sizes) for sizes in SIZES)],
 )
 def test_experts_equal_the_dense_reference_with_gradients(method, num_tokens, num_experts, k):
     x, weights, experts, *kernels = problem(num_tokens, num_experts=num_experts, k=k)
@@ -201,8 +204,10 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
-@pytest.mark.parametrize("batch", [8, 3], ids=["divides", "does not divide"])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [*((name, 8) for name in MESHES), ("experts and tensor", 3)],  # 3 rows do not divide
+)
 def test_experts_on_a_mesh_equal_one_device(name, batch):
     x, weights, experts, *kernels = problem(num_tokens=batch * 4, num_experts=8)
     x, weights, experts = (a.reshape(batch, 4, -1) for a in (x, weights, experts))
