@@ -16,7 +16,6 @@ from jaxeff.language.config import DecoderConfig
 from jaxeff.language.sharding import constrain, target_platform
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """RMS norm over the last axis (arXiv 1910.07467).
 
