@@ -208,7 +208,13 @@ def test_stacking_is_lossless_and_refuses_what_it_cannot_stack():
 
 @pytest.mark.parametrize(
     ("remat", "scan_layers"),
-    [("full", True), ("full", False), ("dots_with_no_batch_dims", True), ("names", False)],
+    [
+        ("full", True),
+        ("full", False),
+        ("dots_with_no_batch_dims", True),
+        ("names", False),
+        ("names_offload", True),
+    ],
 )
 def test_remat_changes_memory_not_numbers(remat, scan_layers):
     config = tiny(scan_layers=scan_layers, num_layers=2)
@@ -470,15 +476,44 @@ def test_sharded_step_equals_one_device(scan_layers):
     assert "all-gather" in text and ("reduce-scatter" in text or "all-reduce" in text)
 
 
-def test_activations_that_do_not_divide_are_replicated():
-    """Three rows on four batch devices, two kv heads on four tensor devices."""
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [({"fsdp": 2, "tensor": 4}, (3, 7)), ({"data": 2, "context": 2, "tensor": 2}, (4, 8))],
+    ids=["nothing divides", "sequence"],
+)
+def test_any_mesh_gives_the_same_logits(sizes, shape):
+    """Three rows on two devices, two kv heads on four; and a sequence over two."""
     config = tiny(vocab_size=64)
-    tokens = tokens_of(3, 7)
+    tokens = tokens_of(*shape)
     expected = applied(config)(tokens).logits
-    mesh = make_mesh(fsdp=2, tensor=4)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        found = jax.jit(Decoder(config).apply)({"params": params_of(config)}, tokens).logits
+    params = {"params": params_of(config)}
+    with jax.set_mesh(make_mesh(**sizes)), nn.logical_axis_rules(RULES):
+        forward = jax.jit(Decoder(config).apply)
+        found = forward(params, tokens).logits
+        cached = forward(params, tokens, cache=init_cache(config, shape[0], 16)).logits
     np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(cached, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_gradients_inside_shard_map_are_those_of_the_own_rows(family):
+    config = tiny(**FAMILIES[family], num_layers=2)
+    params, tokens = params_of(config), tokens_of(4, 6)
+
+    def local(params, tokens):
+        params = jax.tree.map(lambda a: jax.lax.pcast(a, ("data",), to="varying"), params)
+        gradients = jax.grad(functools.partial(loss_of, config))(params, tokens)
+        return jax.tree.map(lambda a: a[None], gradients)
+
+    mapped = jax.shard_map(
+        local,
+        mesh=make_mesh(data=4),
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec("data"),
+    )
+    found = jax.jit(mapped)(params, tokens)
+    expected = loss_and_gradients(config, params, tokens[2:3])[1]
+    assert relative_error(jax.tree.map(lambda a: a[2], found), expected) < 1e-5
 
 
 # --- errors ---------------------------------------------------------------------------------------
