@@ -61,7 +61,7 @@ def loss_and_gradients(config, params, tokens, **call):
 # --- caching --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "qwen3_moe"])
 def test_cached_chunks_of_any_size_equal_the_full_forward(family):
     config = tiny(**FAMILIES[family])
     forward, tokens = applied(config), tokens_of(2, LENGTH)
@@ -233,7 +233,7 @@ def saved_bytes(config, tokens):
 
 def test_remat_policies_keep_less():
     config = tiny(num_layers=4)
-    tokens = tokens_of(8, 64)
+    tokens = tokens_of(4, 32)
     policies = ("none", "names", "full")
     sizes = [saved_bytes(dataclasses.replace(config, remat=name), tokens) for name in policies]
     assert sizes[0] > sizes[1] > sizes[2]
@@ -451,9 +451,8 @@ def bytes_on_one_device(params):
 SHARDED = {"vocab_size": 64, "num_kv_heads": 2, "qk_norm": True}
 
 
-@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
-def test_sharded_step_equals_one_device(scan_layers):
-    config = tiny(**SHARDED, scan_layers=scan_layers)
+def test_sharded_step_equals_one_device():
+    config = tiny(**SHARDED)
     tokens = tokens_of(8, 8)
     expected = loss_and_gradients(config, params_of(config), tokens)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
