@@ -1,6 +1,5 @@
 """What `jaxeff.language.attention` must compute, whatever the implementation."""
 
-import importlib
 import os
 
 import jax
@@ -11,6 +10,7 @@ from decoder_cases import RULES, make_mesh
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxeff.language import attention as attention_module
 from jaxeff.language.attention import attention, splash_attention
 from jaxeff.language.cache import CachedKeys
 
@@ -299,9 +299,6 @@ def test_calls_the_kernel_does_not_serve_fall_back_on_tpu(tpu_devices):
 
 
 # --- cudnn ----------------------------------------------------------------------------------------
-
-# The package exports the function under the module's name.
-attention_module = importlib.import_module("jaxeff.language.attention")
 
 
 @pytest.mark.parametrize(("segments", "window"), [(None, None), (PACKED, None), (PACKED, 40)])
