@@ -99,6 +99,7 @@ class TestTokenize:
         with pytest.raises(ValueError, match=f"{name} is 259"):
             tokenize([Document("d", b"x")], tokenizer)
 
+    @pytest.mark.optional_dependency
     def test_bytes_that_are_not_utf8_pass_a_tokenizer_file_as_replacement_characters(
         self, tmp_path
     ):

@@ -107,6 +107,7 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.optional_dependency
 class TestFileTokenizer:
     def test_text_survives(self, tokenizer_folder):
         tokenizer = FileTokenizer(tokenizer_folder)

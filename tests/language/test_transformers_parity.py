@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.optional_dependency
 
 from jaxeff.language import (  # noqa: E402
     Decoder,

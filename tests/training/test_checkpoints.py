@@ -118,7 +118,7 @@ def test_a_fingerprint_sees_every_change_and_no_sharding(dtype):
     mesh = jax.make_mesh((8,), ("x",))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     assert manifest({"x": jax.device_put(x, spec)})["x"]["sum"] == base
-    for other in (x[::-1], x.T, x.at[3, 3].set(0 if values[3, 3] else 1)):
+    for other in (x[::-1], x.T, x.at[3, 3].set(jnp.asarray(not values[3, 3]).astype(x.dtype))):
         assert manifest({"x": other})["x"]["sum"] != base
 
 
