@@ -192,6 +192,7 @@ class TestLoadTokenizer:
         own = ByteTokenizer(64)
         assert load_tokenizer(own) is own
 
+    @pytest.mark.optional_dependency
     def test_a_path_is_a_file_tokenizer(self, tokenizer_folder):
         assert load_tokenizer(str(tokenizer_folder)).vocab_size == 265
 
