@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -322,7 +321,7 @@ def manifest(tree: Any) -> dict[str, Any]:
     }
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _fingerprints(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return tuple(_fingerprint(x) for x in leaves)
 

@@ -232,6 +232,7 @@ class _Run:
         self.buffer = MetricsBuffer(self.controller, self.training.stop_on_nonfinite)
         self.evaluation: dict[str, float] = {}
         self.evaluated_at = None
+        self.profiling = False
         self.checkpoint_seconds = 0.0
         # Time and steps of training proper: evaluation, saving and compilation left out.
         self.train_seconds = 0.0
@@ -409,8 +410,6 @@ class _Run:
             self.profiling = True
         elif self.step == first + self.training.profile_steps:
             self._stop_profile()
-
-    profiling = False
 
     def _stop_profile(self) -> None:
         if not self.profiling:
