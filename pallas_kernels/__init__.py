@@ -1,0 +1,11 @@
+"""Kernels: arrays in, arrays out.
+
+One folder an operation, one public function each, with `implementation=None | "xla" | "mosaic_tpu"
+| "triton"`: None takes the kernel of the platform the program is traced for where it serves the
+call, and XLA otherwise; a named one that cannot serve the call raises `NotImplementedError` with
+the reason.
+"""
+
+from pallas_kernels.ngram_counts import ngram_counts
+
+__all__ = ["ngram_counts"]
