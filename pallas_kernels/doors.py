@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 KERNEL_OF_PLATFORM = {"tpu": "mosaic_tpu", "gpu": "triton"}
+COMPUTE_CAPABILITIES = {"A100": 80, "H100": 90, "H200": 90, "B200": 100}
 
 
 def target_platform() -> str:
@@ -43,7 +43,8 @@ def choose_implementation(
     """
     if implementation is None:
         kernel = KERNEL_OF_PLATFORM.get(target_platform())
-        return "xla" if kernel not in refusals or refusals[kernel]() else kernel
+        served = kernel in refusals and not _partitioned_unseen() and not refusals[kernel]()
+        return kernel if served else "xla"
     if implementation not in refusals:
         names = ", ".join(map(repr, (None, *refusals)))
         raise ValueError(f"implementation={implementation!r} is not one of {names}")
@@ -54,11 +55,39 @@ def choose_implementation(
     return implementation
 
 
+def _partitioned_unseen() -> bool:
+    """Whether the compiler might have to partition the program over devices we know nothing of.
+
+    It cannot partition a kernel, and without a mesh we cannot do it ourselves.
+    """
+    return jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1
+
+
 def not_on_platform(platform: str) -> str | None:
     """Returns why a kernel for `platform` cannot be part of the program being traced, if so."""
     if target_platform() == platform:
         return None
     return f"it runs on {platform.upper()}, and this program is traced for {target_platform()}"
+
+
+def compute_capability() -> int | None:
+    """Compute capability of the GPU the program is traced for, times ten.
+
+    None where the GPU is there: then jax-triton asks it. Compiling for one that is not there, the
+    name of the mesh's devices tells.
+
+    Raises:
+      NotImplementedError: for a GPU that is neither there nor known by name.
+    """
+    if jax.default_backend() in ("gpu", "cuda"):
+        return None
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else "no GPU"
+    for name, capability in COMPUTE_CAPABILITIES.items():
+        if name in kind:
+            return capability
+    known = ", ".join(COMPUTE_CAPABILITIES)
+    raise NotImplementedError(f"cannot compile a Triton kernel for {kind!r}; known are {known}")
 
 
 def over_batch(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -68,14 +97,14 @@ def over_batch(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
       fn: of arrays whose first axis is the batch, to one array whose first axis is the batch.
 
     Returns:
-      the same function. A vmapped axis becomes part of the batch; where the batch is sharded over a
-      mesh, every device runs `fn` on its own part, and all other axes are gathered.
+      the same function. A vmapped axis becomes part of the batch. Under `jax.set_mesh` the batch is
+      split over all mesh axes that divide it and that no enclosing `shard_map` has taken: a kernel
+      cannot be partitioned by the compiler.
     """
-    sharded = _shardable(fn)
 
     @custom_vmap
     def batched(*operands):
-        return sharded(*operands)
+        return _over_mesh(fn, operands)
 
     @batched.def_vmap
     def _(axis_size, in_batched, *operands):
@@ -89,41 +118,38 @@ def over_batch(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return batched
 
 
-def _shardable(fn):
-    # custom_partitioning takes no keywords, and a partial function has some.
-    partitioned = custom_partitioning(lambda *operands: fn(*operands))
+def _over_mesh(fn, operands):
+    sizes = free_axes()
+    if math.prod(sizes.values()) == 1:
+        return _varying_as(operands[0], fn(*operands))
+    axes: tuple[str, ...] = ()
+    for name, size in sizes.items():
+        if operands[0].shape[0] % (size * math.prod(sizes[axis] for axis in axes)) == 0:
+            axes += (name,)
+    return jax.shard_map(
+        fn,
+        in_specs=(PartitionSpec(axes),) * len(operands),
+        out_specs=PartitionSpec(axes),
+        axis_names=set(sizes),
+        check_vma=False,  # a kernel does not say how its result varies
+    )(*operands)
 
-    def batch_axes(operands):
-        spec = getattr(operands[0].sharding, "spec", None) or (None,)
-        return spec[0]
 
-    def result_sharding(mesh, operands, result):
-        return NamedSharding(mesh, PartitionSpec(batch_axes(operands)))
-
-    def partition(mesh, operands, result):
-        axes = batch_axes(operands)
-        shards = _shards(mesh, axes)
-        if operands[0].shape[0] % shards:
-            axes = None
-        whole = NamedSharding(mesh, PartitionSpec(axes))
-        return mesh, fn, whole, (whole,) * len(operands)
-
-    def rule(mesh, operand_types, result_types):
-        del mesh
-        names = iter(f"f{i}" for i in range(1000))
-
-        def axes(value):
-            return " ".join(["batch", *(next(names) for _ in value.shape[1:])])
-
-        inputs = ", ".join(axes(value) for value in operand_types)
-        return f"{inputs} -> {', '.join(axes(value) for value in result_types)}"
-
-    partitioned.def_partition(
-        partition=partition, infer_sharding_from_operands=result_sharding, sharding_rule=rule
+def _varying_as(operand, result):
+    """Marks what a kernel made inside a `shard_map` as varying over the axes its operand does."""
+    missing = jax.typeof(operand).manual_axis_type.varying - (
+        jax.typeof(result).manual_axis_type.varying
     )
-    return partitioned
+    return jax.lax.pcast(result, tuple(sorted(missing)), to="varying") if missing else result
 
 
-def _shards(mesh, axes) -> int:
-    names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-    return math.prod(mesh.shape[name] for name in names)
+def free_axes() -> dict[str, int]:
+    """Sizes of the mesh axes that no enclosing `shard_map` has taken; empty without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {
+        name: size
+        for name, size, kind in zip(
+            mesh.axis_names, mesh.axis_sizes, mesh.axis_types or (), strict=True
+        )
+        if kind != AxisType.Manual
+    }

@@ -128,6 +128,7 @@ def compile_lowered(
         module = parse_module(hlo)
         costs = module_costs(module)
         kernels = _kernel_reports(costs.kernels, target, dumps)
+        sorts = _kernel_reports(costs.sorts, target, dumps) if target.is_tpu else ()
         largest = _largest_buffers(dumps)
     if executable is None:
         memory = _required_memory(module, hlo, *needs)
@@ -141,7 +142,7 @@ def compile_lowered(
         num_devices=mesh.size,
         memory=dataclasses.replace(memory, largest=largest),
         costs=costs,
-        roofline=_roofline(costs, kernels, times, target.chip),
+        roofline=_roofline(costs, kernels + sorts, times, target.chip),
         collective_seconds=times,
         kernels=kernels,
         xla_flops=_xla_flops(executable),

@@ -45,10 +45,10 @@ TRANSCENDENTAL = {
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """A call of a Pallas or Triton kernel.
+    """A call of a Pallas or Triton kernel, or of XLA's own sort.
 
     Attributes:
-      instruction: the custom call.
+      instruction: the custom call or the sort.
       count: calls per execution of the program.
       flops: flops of one call as its author estimated them, or None.
       nbytes: bytes of one call: the author's estimate, or its operands and results.
@@ -71,9 +71,10 @@ class Costs:
       transcendentals: exponentials and the like.
       hbm_bytes: read from and written to device memory by instructions outside fusions; operands
         held in vector memory cost nothing, a slice of an operand costs its own size.
-      cycles: XLA's estimate for everything but kernels (TPU only).
+      cycles: XLA's estimate for everything but kernels and sorts (TPU only).
       collectives: with their counts.
       kernels: kernel calls with their counts.
+      sorts: the same for sorts, of which XLA gives no estimate.
       unknown_loops: loops whose trip count is not static; they are counted as running once.
     """
 
@@ -85,6 +86,7 @@ class Costs:
     cycles: float = 0.0
     collectives: tuple[Collective, ...] = ()
     kernels: tuple[KernelCall, ...] = ()
+    sorts: tuple[KernelCall, ...] = ()
     unknown_loops: tuple[str, ...] = ()
 
     @property
@@ -104,8 +106,13 @@ class Costs:
             self,
             **numbers,
             collectives=tuple(c.scaled(times) for c in self.collectives),
-            kernels=tuple(dataclasses.replace(k, count=k.count * times) for k in self.kernels),
+            kernels=_repeated(self.kernels, times),
+            sorts=_repeated(self.sorts, times),
         )
+
+
+def _repeated(calls: tuple[KernelCall, ...], times: float) -> tuple[KernelCall, ...]:
+    return tuple(dataclasses.replace(call, count=call.count * times) for call in calls)
 
 
 def module_costs(module: Module) -> Costs:
@@ -149,6 +156,9 @@ class _Counter:
             return costs + self._fused(instruction)
         if opcode == "custom-call":
             return costs + self._custom_call(computation, instruction, costs.hbm_bytes)
+        if opcode == "sort":
+            call = KernelCall(instruction, 1.0, None, costs.hbm_bytes)
+            return costs + Costs(sorts=(call,))
         return costs + self._arithmetic(computation, instruction)
 
     def _loop(self, computation: Computation, loop: Instruction) -> Costs:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from jaxeff.aot.targets import Chip
@@ -84,6 +84,25 @@ class KernelSchedule:
     def cycles(self) -> float:
         """Lower bound on the cycles of one call."""
         return max(self.total_bundles, self.mxu_cycles)
+
+    def bundles_with(self, trips: Sequence[float]) -> float:
+        """Returns the bundles of a call whose loops run as often as the caller knows they do.
+
+        Args:
+          trips: of each of `loops`, in their order; for a loop whose trips vary, their mean.
+
+        Raises:
+          ValueError: when there are not as many as there are loops.
+        """
+        if len(trips) != len(self.loops):
+            raise ValueError(
+                f"trips has {len(trips)} entries; kernel {self.name!r} has {len(self.loops)} loops"
+            )
+        loops = [
+            dataclasses.replace(loop, trips=count)
+            for loop, count in zip(self.loops, trips, strict=True)
+        ]
+        return float(sum(_executions(address, loops) for address in range(self.bundles)))
 
     @property
     def mxu_utilisation(self) -> float:
@@ -273,7 +292,7 @@ def _grid_steps(program: _Program, text: str) -> int:
     return grid.trips or 1
 
 
-def _executions(address: int, loops: tuple[Loop, ...]) -> float:
+def _executions(address: int, loops: Sequence[Loop]) -> float:
     return math.prod(
         (1 if loop.trips is None else loop.trips)
         for loop in loops

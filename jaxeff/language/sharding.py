@@ -4,30 +4,11 @@ import math
 
 import jax
 from flax import linen as nn
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from pallas_kernels.doors import free_axes, target_platform
 
-def target_platform() -> str:
-    """The platform the program being traced will run on: "cpu", "tpu" or "gpu".
-
-    The mesh set with `jax.set_mesh` decides, so that compiling on a CPU host for the chips of a
-    topology chooses their kernels; without a mesh it is the default backend.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device is not None else jax.default_backend()
-    return "gpu" if platform in ("cuda", "rocm") else platform
-
-
-def free_axes() -> dict[str, int]:
-    """Sizes of the mesh axes that no enclosing `shard_map` has taken; empty without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {
-        name: size
-        for name, size, kind in zip(
-            mesh.axis_names, mesh.axis_sizes, mesh.axis_types or (), strict=True
-        )
-        if kind != AxisType.Manual
-    }
+__all__ = ["axis_product", "constrain", "free_axes", "mesh_axes", "target_platform"]
 
 
 def mesh_axes(logical: str, dimension: int | None = None) -> tuple[str, ...]:

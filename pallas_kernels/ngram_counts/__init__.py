@@ -24,8 +24,9 @@ __all__ = ["mark_padding", "ngram_counts"]
 METHODS = ("auto", "sort", "pairwise")
 IMPLEMENTATIONS = ("xla", "mosaic_tpu", "triton")
 
-# Comparing all pairs is quadratic and sorting is not. Where they take the same time was measured on
-# a CPU (0.05 ns a pair, 16 ns for each of M log2 M), and by static schedules on TPU.
+# Comparing costs a constant for each of Lc * M pairs (M = Lc + R Lr), sorting one for each of
+# M log2(M) comparisons; their ratio, measured on a CPU and by static schedules for TPU. For GPU it
+# is taken from the CPU.
 PAIRS_PER_COMPARISON = {"cpu": 340, "tpu": 90, "gpu": 340}
 
 
@@ -49,8 +50,8 @@ def ngram_counts(
 
     Args:
       candidates: (..., Lc) integer ids.
-      references: (..., R, Lr) integer ids, or (..., Lr) for one reference each; the leading axes are
-        those of `candidates`. A reference without any token is absent.
+      references: (..., R, Lr) integer ids, or (..., Lr) for one reference each; the leading axes
+        are those of `candidates`. A reference without any token is absent.
       max_order: N, the longest n-grams to count.
       pad_id: the id that marks padding, anywhere; None if only negative entries do. Not used for
         what has lengths.
@@ -82,21 +83,19 @@ def ngram_counts(
             f"references {references.shape} do not fit candidates {candidates.shape}: expected "
             f"{candidates.shape[:-1]} followed by (R, Lr)"
         )
+    if method == "auto":
+        # The kernels compare pairs; whoever names one has chosen.
+        kernel_named = implementation not in (None, "xla")
+        method = "pairwise" if kernel_named else _faster_method(candidates, references, max_order)
     implementation = doors.choose_implementation(
         implementation, _refusals(candidates, references, max_order, method)
     )
     leading = candidates.shape[:-1]
     if 0 in (*candidates.shape, *references.shape):
         return jnp.zeros((*leading, max_order), jnp.int32)
-    if method == "auto":
-        method = "pairwise"
-        if implementation == "xla":
-            method = _faster_method(candidates, references, max_order)
     count = _counter(method, implementation, max_order, block_sizes)
     batch = math.prod(leading)
-    counts = count(
-        candidates.reshape(batch, -1), references.reshape(batch, *references.shape[-2:])
-    )
+    counts = count(candidates.reshape(batch, -1), references.reshape(batch, *references.shape[-2:]))
     return counts.reshape(*leading, max_order)
 
 
@@ -187,10 +186,10 @@ def _refusals(candidates, references, max_order, method):
 
 
 def _faster_method(candidates, references, max_order):
-    keys = candidates.shape[-1] + math.prod(references.shape[-2:])
     if max_order > MOST_ORDERS:
         return "sort"
-    limit = PAIRS_PER_COMPARISON[doors.target_platform()] * math.log2(keys)
+    keys = candidates.shape[-1] + math.prod(references.shape[-2:])
+    limit = PAIRS_PER_COMPARISON[doors.target_platform()] * math.log2(max(keys, 2))
     return "pairwise" if candidates.shape[-1] <= limit else "sort"
 
 
@@ -203,6 +202,4 @@ def _counter(method, implementation, max_order, block_sizes):
         kernel = tpu.pairwise
     else:
         from pallas_kernels.ngram_counts.gpu import pairwise as kernel
-    return doors.over_batch(
-        functools.partial(kernel, max_order=max_order, block_sizes=block_sizes)
-    )
+    return doors.over_batch(functools.partial(kernel, max_order=max_order, block_sizes=block_sizes))

@@ -1,8 +1,8 @@
 """Clipped n-gram matches in plain jnp: pairwise comparison, and one lexicographic sort.
 
-Both take candidates (B, Lc) and references (B, R, Lr), int32, negative where there is no token, and
-return (B, max_order) int32. Nothing depends on the values of the ids, so any vocabulary will do, and
-memory is O(B (Lc + R Lr)).
+Both take candidates (B, Lc) and references (B, R, Lr), int32, negative where there is no token,
+and return (B, max_order) int32. Nothing depends on the values of the ids, so any vocabulary will
+do, and memory is O(B (Lc + R Lr)).
 """
 
 import functools
@@ -153,7 +153,9 @@ def _running_counts(sources, num_sources):
     running = []
     for start in range(0, num_sources, packs):
         shifts = [16 * i for i in range(min(packs, num_sources - start))]
-        own = sum((sources == start + i).astype(jnp.int32) << shift for i, shift in enumerate(shifts))
+        own = sum(
+            (sources == start + i).astype(jnp.int32) << shift for i, shift in enumerate(shifts)
+        )
         running.append((lax.cumsum(own, axis=1) - own, own, shifts))
     return running
 

@@ -7,13 +7,12 @@ moved across lanes, and sums over positions stay in registers. Each register of 
 2 max_order + 1 vector instructions (compare, select, add; see `fields`), of which four issue at a
 time.
 
-A batch of 64 or fewer would leave lanes empty: then the candidates are cut into chunks of positions,
-each in a lane of its own, against all keys.
+A batch of 64 or fewer would leave lanes empty: then the candidates are cut into chunks of
+positions, each in a lane of its own, against all keys.
 """
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +47,7 @@ class BlockSizes:
                 raise ValueError(f"{name}={value} must be a positive multiple of {SUBLANES}")
         if self.candidate_rows % self.key_rows:
             raise ValueError(
-                f"candidate_rows={self.candidate_rows} is not a multiple of key_rows={self.key_rows}"
+                f"candidate_rows={self.candidate_rows} must divide by key_rows={self.key_rows}"
             )
 
 
@@ -88,9 +87,7 @@ def pairwise(
     bounds = layout.bounds(keys, refs)
 
     def block(rows, *leading):
-        return pl.BlockSpec(
-            (*leading, rows, LANES), lambda b, _: (*(0 for _ in leading), 0, b)
-        )
+        return pl.BlockSpec((*leading, rows, LANES), lambda b, _: (*(0 for _ in leading), 0, b))
 
     num_references = refs.shape[0]
     out = pl.pallas_call(
@@ -168,7 +165,9 @@ class _Layout:
         """
         length = tokens.shape[-1]
         if tokens.ndim == 2:
-            whole = max(pl.cdiv(length, self.key_rows) * self.key_rows, self.chunks * self.chunk_rows)
+            whole = max(
+                pl.cdiv(length, self.key_rows) * self.key_rows, self.chunks * self.chunk_rows
+            )
         else:
             whole = pl.cdiv(length, self.key_rows) * self.key_rows
         lanes_missing = self.blocks * self.lanes - self.batch
