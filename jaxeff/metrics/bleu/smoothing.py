@@ -154,12 +154,12 @@ def nltk_score(counts: Counts, weights: jax.Array, scoring: Scoring) -> jax.Arra
 
     0 where no unigram matches. Precisions that are 0 after smoothing are left out of the mean,
     except without smoothing: then the score is 0 if an order of non-zero weight has no match. (NLTK
-    puts 2.2e-308 for that precision: the same in float32 for weights above 0.15.)
+    puts 2.2e-308 for that precision: the same in float32 for weights above 0.15.) NaN for method 6
+    without a matching trigram, where NLTK raises.
     """
     precisions = _SMOOTHED[scoring.smoothing](counts, scoring)
-    # Not `> 0`: NaN, method 6's answer where it has none, must pass.
-    left_out = precisions <= 0
-    logs = jnp.where(left_out, 0.0, jnp.log(jnp.where(left_out, 1.0, precisions)))
+    positive = precisions > 0
+    logs = jnp.log(jnp.where(positive, precisions, 1.0))
     matches = counts.matches
     penalty = brevity_penalty(counts.candidate_length, counts.reference_length)
     if weights.ndim == 2:
@@ -168,6 +168,10 @@ def nltk_score(counts: Counts, weights: jax.Array, scoring: Scoring) -> jax.Arra
     zero = matches[..., 0] == 0
     if scoring.smoothing in ("none", "nltk0"):
         zero |= jnp.any((matches == 0) & (weights != 0), axis=-1)
+    if scoring.smoothing == "nltk6":
+        # Only here: a compiler's logarithm need not be NaN for NaN.
+        has_trigram = matches.shape[-1] > 2 and matches[..., 2] > 0
+        score = jnp.where(has_trigram, score, jnp.nan)
     return jnp.where(zero, 0.0, score)
 
 
@@ -238,21 +242,15 @@ def _average(precisions, fifth):
 
 
 def _interpolated(counts, scoring):
-    """Method 6 (Gao and He, NAACL 2013): trigrams and longer are drawn to p_{n-1}^2 / p_{n-2}.
-
-    NaN without a matching trigram, where NLTK raises.
-    """
+    """Method 6 (Gao and He, NAACL 2013): trigrams and longer are drawn to p_{n-1}^2 / p_{n-2}."""
     plain = _unsmoothed(counts, scoring)
     precisions = [plain[..., n] for n in range(plain.shape[-1])]
-    if len(precisions) < 3:
-        return jnp.full_like(plain, jnp.nan)
     for n in range(2, len(precisions)):
         before, last = precisions[n - 2], precisions[n - 1]
         prior = jnp.where(before == 0, 0.0, last**2 / jnp.where(before == 0, 1.0, before))
         matches = counts.matches[..., n] + scoring.alpha * prior
         precisions[n] = matches / (counts.ngrams[..., n] + scoring.alpha)
-    undefined = counts.matches[..., 2:3] == 0
-    return jnp.where(undefined, jnp.nan, jnp.stack(precisions, axis=-1))
+    return jnp.stack(precisions, axis=-1)
 
 
 _SMOOTHED = {
