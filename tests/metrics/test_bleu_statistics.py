@@ -10,7 +10,9 @@ from bleu_cases import assert_statistics_equal
 
 from jaxeff.metrics.bleu import BleuStats, bleu_from_statistics, bleu_statistics, sentence_bleu
 
-count = functools.partial(bleu_statistics, method="sort")
+count = jax.jit(
+    functools.partial(bleu_statistics, method="sort"), static_argnames=("max_order", "pad_id")
+)
 
 
 def lengths_of(candidate_length, reference_lengths):
@@ -65,7 +67,7 @@ def test_no_ngram_reaches_from_one_sentence_into_another():
 
 def test_with_lengths_the_pad_id_is_a_token_like_others():
     candidates, references = np.array([[0, 0, 5, 0]]), np.array([[0, 0, 5, 5]])
-    lengths = {"candidate_lengths": [3], "reference_lengths": [3]}
+    lengths = {name: np.array([3]) for name in ("candidate_lengths", "reference_lengths")}
     with_lengths = count(candidates, references, **lengths)
     assert with_lengths.numerators.tolist() == [[3, 2, 1, 0]]
     assert with_lengths.denominators.tolist() == [[3, 2, 1, 0]]
@@ -109,7 +111,7 @@ def test_empty_axes_count_nothing_and_score_0(candidates, references):
     assert scores.shape == candidates[:1] and not np.any(scores)
 
 
-@pytest.mark.parametrize("max_order", [1, 2, 9])
+@pytest.mark.parametrize("max_order", [1, 9])
 def test_any_order_can_be_counted(max_order):
     stats = count(np.arange(1, 8)[None], np.arange(1, 9)[None], max_order=max_order)
     expected = np.maximum(7 - np.arange(max_order), 0)
@@ -155,8 +157,8 @@ def test_a_named_kernel_that_cannot_run_here_is_refused_with_the_reason():
 
 
 def test_lengths_being_traced_are_not_looked_at_but_cut():
-    lengths = jnp.array([-1, 9])
-    stats = jax.jit(lambda n: count(**TOKENS, candidate_lengths=n))(lengths)
+    lengths = np.array([-1, 9])
+    stats = count(**TOKENS, candidate_lengths=lengths)
     assert stats.candidate_length.tolist() == [0, 4]
 
 

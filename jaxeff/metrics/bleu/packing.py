@@ -95,7 +95,7 @@ def pack_sentences(
 
 def _holds_sequences(row) -> bool:
     """Whether a row is a sequence of references, not of ids."""
-    return any(np.iterable(x) for x in row)
+    return any(np.iterable(x) and not isinstance(x, str) for x in row)
 
 
 def _as_ids(ids, name: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from jax import lax
 
 from jaxeff.metrics.bleu.scores import sentence_bleu
 from jaxeff.metrics.bleu.smoothing import UNIFORM
+from jaxeff.metrics.bleu.statistics import check_lengths
 from pallas_kernels.ngram_counts import mark_padding
 
 
@@ -34,7 +35,7 @@ def bleu_reward(
     Args:
       samples: (..., T) integer ids.
       references: (..., R, Lr) integer ids, or (..., Lr) for one reference each.
-      mask: (...,T) bool, or numbers that are 0 where there is no token of the candidate (a prompt,
+      mask: (..., T) bool, or numbers that are 0 where there is no token of the candidate (a prompt,
         the time after the end). Given, it alone decides; None leaves what is not `pad_id`.
       eos_id: ends the candidate; None: nothing does.
       include_eos: whether the first `eos_id` belongs to the candidate, for references with one.
@@ -57,6 +58,7 @@ def bleu_reward(
         if include_eos:
             ends -= samples == eos_id
         samples = jnp.where(ends > 0, -1, samples)
+    check_lengths("reference_lengths", reference_lengths, references)
     references = mark_padding(references, pad_id, reference_lengths, name="references")
     return sentence_bleu(
         samples if mask is None else _close_up(samples),

@@ -66,8 +66,8 @@ def bleu_statistics(
         below 1, unknown names, or, outside a trace, lengths not in 0 to L.
       NotImplementedError: if a named implementation cannot serve the call.
     """
-    _check_lengths("candidate_lengths", candidate_lengths, candidates)
-    _check_lengths("reference_lengths", reference_lengths, references)
+    check_lengths("candidate_lengths", candidate_lengths, candidates)
+    check_lengths("reference_lengths", reference_lengths, references)
     candidates = mark_padding(candidates, pad_id, candidate_lengths, name="candidates")
     references = mark_padding(references, pad_id, reference_lengths, name="references")
     numerators = ngram_counts(
@@ -91,7 +91,8 @@ def bleu_statistics(
     )
 
 
-def _check_lengths(name, lengths, tokens):
+def check_lengths(name, lengths, tokens) -> None:
+    """Raises ValueError for lengths that are known not to be in 0 to that of `tokens`."""
     if lengths is None or not is_known(lengths):
         return
     lengths, longest = np.asarray(lengths), np.shape(tokens)[-1]
