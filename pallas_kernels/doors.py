@@ -4,6 +4,7 @@ A kernel's own code sees one flat batch on one device. `over_batch` makes of it 
 be vmapped and whose batch may be sharded over a mesh.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable, Mapping
 
@@ -68,6 +69,13 @@ def not_on_platform(platform: str) -> str | None:
     if target_platform() == platform:
         return None
     return f"it runs on {platform.upper()}, and this program is traced for {target_platform()}"
+
+
+def triton_refusal() -> str | None:
+    """Returns why no Triton kernel can be part of the program being traced, if so."""
+    if importlib.util.find_spec("jax_triton") is None:
+        return "it needs jax-triton, which is not installed"
+    return not_on_platform("gpu")
 
 
 def compute_capability() -> int | None:

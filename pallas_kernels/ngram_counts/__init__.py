@@ -173,15 +173,10 @@ def _refusals(candidates, references, max_order, method):
             return f'max_order={max_order} is more than {MOST_ORDERS}; take method="sort"'
         return None
 
-    def triton():
-        from pallas_kernels.ngram_counts import gpu
-
-        return gpu.refusal()
-
     return {
         "xla": xla,
         "mosaic_tpu": kernel(functools.partial(tpu.refusal, rows)),
-        "triton": kernel(triton),
+        "triton": kernel(doors.triton_refusal),
     }
 
 

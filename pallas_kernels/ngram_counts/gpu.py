@@ -6,7 +6,6 @@ tokens are loaded again and not moved between threads: they are in the first-lev
 """
 
 import dataclasses
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +35,6 @@ class BlockSizes:
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
                 raise ValueError(f"{name}={value} must be a power of two, at least 16")
-
-
-def refusal() -> str | None:
-    """Returns why the kernel cannot serve a call, if so."""
-    if importlib.util.find_spec("jax_triton") is None:
-        return "it needs jax-triton, which is not installed"
-    return doors.not_on_platform("gpu")
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.ngram_counts.fields import Fields
@@ -119,11 +120,9 @@ def sort(candidates: jax.Array, references: jax.Array, *, max_order: int) -> jax
             strict=True,
         )
     ]
-    sources = jnp.repeat(
-        jnp.arange(1 + num_references, dtype=jnp.int32),
-        jnp.array([candidates.shape[1]] + [reference_length] * num_references),
-        total_repeat_length=windows[0].shape[1],
-    )
+    # Made on the host: XLA would fold the same operations at compile time, for minutes.
+    lengths = [candidates.shape[1]] + [reference_length] * num_references
+    sources = np.repeat(np.arange(1 + num_references, dtype=np.int32), lengths)
     sources = jnp.broadcast_to(sources, windows[0].shape)
     *windows, sources = lax.sort(
         [*windows, sources], dimension=1, is_stable=False, num_keys=max_order

@@ -47,7 +47,8 @@ class BlockSizes:
                 raise ValueError(f"{name}={value} must be a positive multiple of {SUBLANES}")
         if self.candidate_rows % self.key_rows:
             raise ValueError(
-                f"candidate_rows={self.candidate_rows} must divide by key_rows={self.key_rows}"
+                f"candidate_rows={self.candidate_rows} must be a multiple of "
+                f"key_rows={self.key_rows}"
             )
 
 

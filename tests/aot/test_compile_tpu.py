@@ -182,6 +182,25 @@ def test_a_kernels_schedule_counts_its_grid_and_its_products(tpu, chip):
     assert kernel.flops is None and report.unstated_kernels == (kernel,)
 
 
+def test_loops_may_be_counted_with_trips_that_the_caller_knows(tpu):
+    report = tpu(matmul, (spec(1024, 512), spec(512, 1024)), "v5e")
+    schedule = report.kernel("tiled_matmul").schedule
+    trips = [loop.trips for loop in schedule.loops]
+    assert schedule.bundles_with(trips) == schedule.total_bundles
+    more = schedule.bundles_with([trips[0] + 1, *trips[1:]])
+    assert more - schedule.total_bundles == pytest.approx(schedule.bundles_per_step)
+    with pytest.raises(ValueError, match=f"trips has 0 entries.* has {len(trips)} loops"):
+        schedule.bundles_with([])
+
+
+def test_sorts_are_in_the_estimate_by_their_schedules(tpu):
+    report = tpu(lambda x: jnp.sort(x, axis=1), (spec(256, 1024, dtype=jnp.int32),), "v5e")
+    assert len(report.costs.sorts) == 1
+    # Ten merges of up to ten exchanges each, at least two instructions on all 256 registers.
+    assert report.estimated_cycles - report.costs.cycles > 55 * 256 * 2 / 4
+    assert not report.kernels
+
+
 def test_a_kernel_in_a_scan_is_counted_as_often_as_it_runs(tpu):
     def f(x, ys):
         return jax.lax.scan(lambda x, y: (matmul(x, y).astype(x.dtype), None), x, ys)[0]
