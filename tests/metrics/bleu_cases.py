@@ -153,15 +153,15 @@ def sacrebleu_scores(stats, max_order):
     }
 
 
-def nltk_sentences(batch, weights, method):
+def nltk_sentences(batch, weights, method, **parameters):
     """NLTK's score of each sentence for each of the weight vectors, (B, K)."""
     return np.array([
-        nltk_corpus(Batch([c], [refs]), weights, method)
+        nltk_corpus(Batch([c], [refs]), weights, method, **parameters)
         for c, refs in zip(batch.candidates, batch.references, strict=True)
     ])  # fmt: skip
 
 
-def nltk_corpus(batch, weights, method):
+def nltk_corpus(batch, weights, method, **parameters):
     """NLTK's score for each weight vector, (K,): NaN where it raises.
 
     It knows no sentence without a reference; such a one scores 0.
@@ -169,7 +169,7 @@ def nltk_corpus(batch, weights, method):
     references = list(map(present, batch.references))
     if not all(references):
         return np.zeros(len(weights))
-    smoothing = getattr(nltk_bleu.SmoothingFunction(), method.replace("nltk", "method"))
+    smoothing = getattr(nltk_bleu.SmoothingFunction(**parameters), method.replace("nltk", "method"))
     vectors = [tuple(map(float, w)) for w in weights]
     try:
         scores = nltk_bleu.corpus_bleu(references, batch.candidates, vectors, smoothing)
@@ -178,14 +178,14 @@ def nltk_corpus(batch, weights, method):
     return np.broadcast_to(np.float64(scores), (len(weights),))
 
 
-def sacrebleu_sentences(batch, method, effective_order, max_order=4):
+def sacrebleu_sentences(batch, method, effective_order, max_order=4, value=None):
     return np.array([
-        sacrebleu_corpus(Batch([c], [refs]), method, effective_order, max_order)
+        sacrebleu_corpus(Batch([c], [refs]), method, effective_order, max_order, value)
         for c, refs in zip(batch.candidates, batch.references, strict=True)
     ])  # fmt: skip
 
 
-def sacrebleu_corpus(batch, method, effective_order, max_order=4):
+def sacrebleu_corpus(batch, method, effective_order, max_order=4, value=None):
     """sacrebleu's score / 100; through its corpus score, which does not warn at one sentence."""
     references = list(map(present, batch.references))
     if not all(references):
@@ -194,6 +194,7 @@ def sacrebleu_corpus(batch, method, effective_order, max_order=4):
         tokenize="none",
         force=True,
         smooth_method=method,
+        smooth_value=value,
         effective_order=effective_order,
         max_ngram_order=max_order,
     )

@@ -25,7 +25,7 @@ from bleu_cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxeff.metrics.bleu import bleu_statistics
+from jaxeff.metrics.bleu import bleu_from_statistics, bleu_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:\\nThe hypothesis contains 0 counts:UserWarning")
 
@@ -88,6 +88,33 @@ def test_scores_are_those_of_sacrebleu(batch):
             expected = sacrebleu_corpus(corpus, *options)
             score = of_corpus[options][1]
             np.testing.assert_allclose(score, expected, err_msg=str(options), **TOLERANCE)
+
+
+@jax.jit
+def parametrised_scores(stats):
+    score = functools.partial(bleu_from_statistics, stats)
+    nltk = {"epsilon": 0.03, "alpha": 2.0, "nltk_k": 3.0}
+    sacrebleu = {"convention": "sacrebleu", "weights": (0.5, 0.5), "effective_order": True}
+    return {
+        "nltk1": score(smoothing="nltk1", **nltk),
+        "nltk4": score(smoothing="nltk4", **nltk),
+        "nltk6": score(smoothing="nltk6", **nltk),
+        "floor": score(smoothing="floor", epsilon=0.3, **sacrebleu),
+        "add-k": score(smoothing="add-k", k=0.3, **sacrebleu),
+    }
+
+
+@repeatable(max_examples=25)
+@given(batches())
+def test_parameters_mean_what_they_mean_there(batch):
+    found = parametrised_scores(count("sort", **batch.arrays()))
+    for method, scores in found.items():
+        if method.startswith("nltk"):
+            parameters = {"epsilon": 0.03, "alpha": 2, "k": 3}
+            expected = nltk_sentences(batch, [(0.25,) * 4], method, **parameters)[:, 0]
+        else:
+            expected = sacrebleu_sentences(batch, method, True, max_order=2, value=0.3)
+        np.testing.assert_allclose(scores, expected, err_msg=method, **TOLERANCE)
 
 
 @repeatable(max_examples=60)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxeff.metrics.bleu.scores import sentence_bleu
 from jaxeff.metrics.bleu.smoothing import UNIFORM
@@ -74,6 +75,12 @@ def bleu_reward(
 
 def _close_up(tokens):
     """Moves what is not padding to the left, in its order."""
-    positions = lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
-    positions = jnp.where(tokens < 0, tokens.shape[-1], positions)
-    return lax.sort((positions, tokens), num_keys=1, is_stable=False)[1]
+    real = tokens >= 0
+    places = jnp.where(real, jnp.cumsum(real, axis=-1) - 1, tokens.shape[-1])
+
+    # A scatter: the sort that would do the same takes longer on a CPU than all the counting.
+    @functools.partial(jnp.vectorize, signature="(t),(t)->(t)")
+    def place(tokens, places):
+        return jnp.full_like(tokens, -1).at[places].set(tokens, mode="drop")
+
+    return place(tokens, places)
