@@ -116,6 +116,23 @@ def test_psum_over_eight_devices_is_exact(stats, whole, axes):
     assert_equal(summed(stats), whole)
 
 
+def test_parts_in_a_scan_on_each_device_are_the_whole(stats, whole):
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+    parts = jax.tree.map(lambda x: x.reshape(8, 2, 2, *x.shape[1:]), stats)
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec()
+    )
+    def summed(parts):
+        start = jax.lax.pcast(BleuAccumulator.empty(ORDERS), "data", to="varying")
+        of_device = jax.tree.map(lambda x: x[0], parts)
+        corpus, _ = jax.lax.scan(lambda c, part: (c.update(part), None), start, of_device)
+        return corpus.psum("data")
+
+    assert_equal(summed(parts), whole)
+
+
 def test_psum_over_a_vmapped_axis_is_exact(stats, whole):
     parts = jax.tree.map(lambda x: x.reshape(8, 4, *x.shape[1:]), stats)
     summed = jax.vmap(

@@ -221,6 +221,9 @@ class BleuAccumulator:
         corpus, _ = jax.lax.scan(step, BleuAccumulator.empty(), batches)
         score = corpus.compute(smoothing="exp", convention="sacrebleu")
 
+    Inside `jax.shard_map` such a scan starts from what differs between devices,
+    `jax.lax.pcast(BleuAccumulator.empty(), axis_name, to="varying")`, and ends with `psum`.
+
     A sentence with neither a candidate token nor a reference is padding of the batch and leaves no
     trace. One with candidate tokens but no reference counts as tokens without a match. Sums are
     int32: a corpus may have 2**31 - 1 tokens.
