@@ -190,11 +190,12 @@ def _faster_method(candidates, references, max_order):
 
 @functools.lru_cache(maxsize=64)
 def _counter(method, implementation, max_order, block_sizes):
-    """The function that counts on one flat batch, made once so that its rules are made once."""
+    """The function that counts on one flat batch, made once so that it is compiled once."""
     if implementation == "xla":
-        return functools.partial(getattr(reference, method), max_order=max_order)
+        return jax.jit(functools.partial(getattr(reference, method), max_order=max_order))
     if implementation == "mosaic_tpu":
         kernel = tpu.pairwise
     else:
         from pallas_kernels.ngram_counts.gpu import pairwise as kernel
-    return doors.over_batch(functools.partial(kernel, max_order=max_order, block_sizes=block_sizes))
+    kernel = functools.partial(kernel, max_order=max_order, block_sizes=block_sizes)
+    return jax.jit(doors.over_batch(kernel))
