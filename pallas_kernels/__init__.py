@@ -6,6 +6,7 @@ call, and XLA otherwise; a named one that cannot serve the call raises `NotImple
 the reason.
 """
 
+from pallas_kernels.linear_recurrence import linear_recurrence
 from pallas_kernels.ngram_counts import ngram_counts
 
-__all__ = ["ngram_counts"]
+__all__ = ["linear_recurrence", "ngram_counts"]
