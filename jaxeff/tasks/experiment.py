@@ -25,7 +25,10 @@ from jaxeff.training.loop import Trainer
 
 # Task name to module. A module defines MODEL, DATA and OPTIONS (dataclasses, the types of the
 # sections `model`, `data` and `options`) and `make_task(experiment)`.
-TASKS = {"language_model": "jaxeff.tasks.language_model"}
+TASKS = {
+    "language_model": "jaxeff.tasks.language_model",
+    "sequence_reward": "jaxeff.tasks.sequence_reward",
+}
 
 
 @dataclasses.dataclass(frozen=True)

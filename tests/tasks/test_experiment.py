@@ -9,7 +9,8 @@ from jaxeff.tasks import load_experiment, make_task
 from jaxeff.tasks.experiment import build_experiment, shipped_configs
 from jaxeff.training import ConfigError
 
-CONFIGS = ("lm_stdlib", "lm_moe", "lm_1b", "lm_8b")
+LANGUAGE_MODELS = ("lm_stdlib", "lm_moe", "lm_1b", "lm_8b")
+CONFIGS = (*LANGUAGE_MODELS, "bleu_translate")
 
 
 def test_every_shipped_config_is_known_here_and_says_what_it_is():
@@ -25,7 +26,9 @@ def test_a_shipped_config_resolves_and_survives_json(name):
     values = json.loads(json.dumps(experiment.to_dict()))
     assert build_experiment(name, values) == experiment
     spec = make_task(experiment).batch_spec()
-    assert spec["tokens"].shape == (experiment.data.batch_size, experiment.data.seq_len)
+    assert all(x.shape[0] == experiment.data.batch_size for x in spec.values())
+    if name in LANGUAGE_MODELS:
+        assert spec["tokens"].shape == (experiment.data.batch_size, experiment.data.seq_len)
 
 
 def test_the_8b_config_is_llama_3_8b():
