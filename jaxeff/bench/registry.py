@@ -58,6 +58,14 @@ _ALL = (
         "PyTorch eager",
         module="torch_step:TorchStep",
     ),
+    Row(
+        name="bleu",
+        claim="BLEU of a batch on the device is many times faster than a loop over its sentences "
+        "on the host, in memory that grows with the batch and with no vocabulary",
+        module="bleu:Bleu",
+        paper="10x to 40x (T4, A100)",
+        source="TensorBLEU, arXiv 2510.05485",
+    ),
 )
 
 ROWS: Mapping[str, Row] = {row.name: row for row in _ALL}

@@ -119,6 +119,56 @@ def pairwise(
     return layout.sentences(out[:max_order])
 
 
+def loop_trips(
+    batch: int,
+    length: int,
+    num_references: int,
+    reference_length: int,
+    max_order: int = 4,
+    block_sizes: BlockSizes | None = None,
+    grid_trips: int | None = None,
+) -> list[float]:
+    """Returns how often each loop of the compiled kernel runs when all sentences are full.
+
+    The bounds of the loops are data, so that a static schedule has bundles for them but no trips.
+
+    Args:
+      batch, length: of the candidates.
+      num_references, reference_length: of the references.
+      max_order: 1 to 8.
+      block_sizes: as in `pairwise`.
+      grid_trips: of the grid's loop as compiled, which runs a few times more than there are blocks
+        to fill and drain its pipeline, the body left out; None takes the blocks.
+
+    Returns:
+      the trips of the loops in the order of the program, from each entry into the loop; the mean
+      where they differ (the rank of a late tile looks at more keys). A grid of one block has no
+      loop, nor has the only other reference of two.
+    """
+    fields = Fields(max_order)
+    sizes = _fitting(block_sizes or BlockSizes(), fields)
+    layout = _Layout.of((batch, length), sizes)
+    firsts = range(0, min(layout.chunk_rows, length), sizes.candidate_rows)
+    grid_trips = layout.blocks if layout.blocks == 1 else grid_trips or layout.blocks
+
+    def trips(rows):
+        passes = [pl.cdiv(count, sizes.key_rows) for count in rows]
+        rounds = sum(pl.cdiv(count, fields.capacity // sizes.key_rows) for count in passes)
+        return [rounds / len(passes), sum(passes) / max(rounds, 1)]
+
+    if layout.chunks == 1:
+        ranks = trips(firsts)
+        ranks += trips([min(sizes.candidate_rows, length - first) for first in firsts])
+    else:
+        ranks = trips([length])
+    reference = trips([reference_length])
+    others = [] if num_references == 1 else reference
+    if num_references > 2:
+        others = [num_references - 1, *reference]
+    grid = [] if layout.blocks == 1 else [grid_trips]
+    return [*grid, len(firsts) * layout.blocks / grid_trips, *ranks, *reference, *others]
+
+
 def _fitting(sizes, fields):
     """Block sizes whose pass over the keys does not fill a counter."""
     if sizes.key_rows <= fields.capacity:
