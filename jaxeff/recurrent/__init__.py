@@ -1,0 +1,6 @@
+"""Nonlinear recurrent networks trained in parallel over time (ParaRNN, arXiv 2510.21450)."""
+
+from jaxeff.recurrent.newton import NewtonConfig, SolveInfo, parallel_rnn
+from pallas_kernels import linear_recurrence
+
+__all__ = ["NewtonConfig", "SolveInfo", "linear_recurrence", "parallel_rnn"]

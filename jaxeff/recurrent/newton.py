@@ -1,0 +1,231 @@
+"""A nonlinear recurrence solved for all steps at once by Newton's method.
+
+"ParaRNN: Unlocking Parallel Training of Nonlinear RNNs for Large Language Models" (arXiv
+2510.21450), sections 2 and 3: h_t = f(h_{t-1}, x_t) for all t is one system of equations. A Newton
+iteration on it is a linear recurrence in the correction, and so is its gradient.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import linear_recurrence
+
+STRUCTURES = ("diagonal", "block", "dense")
+METHODS = ("newton", "sequential")
+FALLBACKS = ("none", "sequential")
+_LARGEST_RESIDUAL = 1e-4  # above it the fallback is taken where no tolerance is given
+
+
+@dataclasses.dataclass(frozen=True)
+class NewtonConfig:
+    """How the system is solved.
+
+    `num_iterations` are run, or fewer once every residual is at most `tolerance` if that is above
+    zero. `damping` scales each correction. With `fallback="sequential"` a row of the batch whose
+    residual ends above `tolerance` (1e-4 if that is zero) is computed step by step instead.
+    """
+
+    num_iterations: int = 3
+    tolerance: float = 0.0
+    damping: float = 1.0
+    fallback: str = "none"
+
+    def __post_init__(self):
+        if self.num_iterations < 1:
+            raise ValueError(f"num_iterations={self.num_iterations}, expected at least 1")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance={self.tolerance}, expected at least 0")
+        if not 0 < self.damping < 2:
+            raise ValueError(f"damping={self.damping}, expected between 0 and 2, exclusive")
+        if self.fallback not in FALLBACKS:
+            raise ValueError(f"fallback={self.fallback!r} is not 'none' or 'sequential'")
+
+
+class SolveInfo(NamedTuple):
+    """`residual` float32 (B,), Newton's own largest |f(h_{t-1}, x_t) - h_t| of each row, also where
+    the fallback replaced its answer; `iterations` int32 (); `fallback` bool (B,)."""
+
+    residual: jax.Array
+    iterations: jax.Array
+    fallback: jax.Array
+
+
+def parallel_rnn(
+    step_fn: Callable[[Any, Any, jax.Array], jax.Array],
+    params: Any,
+    inputs: Any,
+    h0: jax.Array,
+    *,
+    structure: str = "diagonal",
+    newton: NewtonConfig = NewtonConfig(),
+    method: str = "newton",
+    jacobian_fn: Callable | None = None,
+) -> tuple[jax.Array, SolveInfo]:
+    """Runs h_t = step_fn(params, x_t, h_{t-1}) over all steps.
+
+    Differentiable in `params`, `inputs` and `h0` in reverse mode: the gradient of the recurrence
+    at the states found, from one linear recurrence; inputs and states are all that is saved.
+
+    Args:
+      step_fn: takes x_t (B, ...) and h (B, H), or (B, m, H) for "block", and keeps the rows of the
+        batch apart; it must not close over traced values.
+      params: any pytree of floating arrays.
+      inputs: a pytree of floating arrays (B, T, ...).
+      h0: (B, H), or (B, m, H) for "block": the state before the first step.
+      structure: what df/dh is: "diagonal", "block" (m x m blocks of diagonals, m up to 4) or
+        "dense". It is not verified that the entries left out are zero.
+      newton: iterations, tolerance, damping and fallback.
+      method: "newton", or "sequential" for a loop over time.
+      jacobian_fn: (params, x, before, after) -> Jacobians; None takes 1, m or H forward
+        derivatives of `step_fn`. If it is given, both functions get whole sequences at once.
+
+    Returns:
+      the states (B, T, H) or (B, T, m, H), float32 (float64 if an operand is), and the SolveInfo.
+
+    Raises:
+      ValueError: for an unknown structure or method, T == 0, dtypes that are not floating, or
+        shapes of h0, inputs and the step's result that do not fit one another.
+    """
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure={structure!r} is not one of {STRUCTURES}")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of {METHODS}")
+    params, inputs, h0 = _checked(params, inputs, h0, structure)
+    cell = _Cell(step_fn, structure, jacobian_fn)
+    expected = jax.eval_shape(step_fn, params, jax.tree.map(lambda x: x[:, 0], inputs), h0)
+    if getattr(expected, "shape", None) != h0.shape:
+        raise ValueError(f"step_fn returns {expected}, expected one array of shape {h0.shape}")
+    if method == "newton":
+        return _solve(cell, newton, params, inputs, h0)
+    batch = h0.shape[0]
+    info = SolveInfo(jnp.zeros(batch), jnp.int32(0), jnp.zeros(batch, bool))
+    return _sequential(cell, params, inputs, h0), info
+
+
+def _checked(params, inputs, h0, structure):
+    params, inputs, h0 = jax.tree.map(jnp.asarray, (params, inputs, h0))
+    for name, tree in (("params", params), ("inputs", inputs), ("h0", h0)):
+        for x in jax.tree.leaves(tree):
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                raise ValueError(f"{name} has dtype {x.dtype}, expected a floating one")
+    rank = 3 if structure == "block" else 2
+    if h0.ndim != rank:
+        raise ValueError(f"h0 has shape {h0.shape}, expected {rank} axes for {structure!r}")
+    leading = {x.shape[:2] for x in jax.tree.leaves(inputs)}
+    if len(leading) != 1 or len(next(iter(leading))) != 2:
+        raise ValueError(f"inputs begin with {leading}, expected one (B, T)")
+    batch, steps = leading.pop()
+    if batch != h0.shape[0]:
+        raise ValueError(f"h0 has {h0.shape[0]} rows, expected {batch} as inputs")
+    if steps == 0:
+        raise ValueError("inputs have T = 0 steps, expected at least one")
+    leaves = jax.tree.leaves((params, inputs, h0))
+    dtype = jnp.result_type(jnp.float32, *(x.dtype for x in leaves))
+    return jax.tree.map(lambda x: x.astype(dtype), (params, inputs, h0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    step_fn: Callable
+    structure: str
+    jacobian_fn: Callable | None
+
+    def steps(self, params, inputs, before):
+        if self.jacobian_fn is not None:
+            return self.step_fn(params, inputs, before)
+        return jax.vmap(self.step_fn, in_axes=(None, 1, 1), out_axes=1)(params, inputs, before)
+
+    def jacobians(self, params, inputs, before, after):
+        if self.jacobian_fn is not None:
+            return self.jacobian_fn(params, inputs, before, after)
+
+        def along(direction):
+            tangent = jnp.broadcast_to(direction, before.shape).astype(before.dtype)
+            return jax.jvp(lambda h: self.steps(params, inputs, h), (before,), (tangent,))[1]
+
+        if self.structure == "diagonal":
+            return along(jnp.ones(()))
+        if self.structure == "block":
+            eye = jnp.eye(before.shape[2])
+            return jnp.stack([along(row[:, None]) for row in eye], axis=3)
+        return jax.vmap(along, out_axes=3)(jnp.eye(before.shape[2]))
+
+    def transposed(self, jacobians):
+        return jacobians if self.structure == "diagonal" else jnp.swapaxes(jacobians, 2, 3)
+
+
+def _shifted(states, h0):
+    return jnp.concatenate([h0[:, None], states[:, :-1]], axis=1)
+
+
+def _sequential(cell, params, inputs, h0):
+    def step(h, x):
+        h = cell.step_fn(params, x, h).astype(h0.dtype)
+        return h, h
+
+    by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
+    return jnp.moveaxis(jax.lax.scan(step, h0, by_time)[1], 0, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _solve(cell, newton, params, inputs, h0):
+    def residual(h):
+        return cell.steps(params, inputs, _shifted(h, h0)) - h
+
+    def size(r):
+        return jnp.max(jnp.abs(r), axis=tuple(range(1, r.ndim))).astype(jnp.float32)
+
+    def iterate(carry):
+        k, h, r = carry
+        jacobians = cell.jacobians(params, inputs, _shifted(h, h0), h)
+        h = h + newton.damping * linear_recurrence(jacobians, r)
+        return k + 1, h, residual(h)
+
+    def unfinished(carry):
+        k, _, r = carry
+        return (k < newton.num_iterations) & ~jnp.all(size(r) <= newton.tolerance)
+
+    steps = jax.tree.leaves(inputs)[0].shape[1]
+    zeros = jnp.zeros((h0.shape[0], steps, *h0.shape[1:]), h0.dtype)
+    h = cell.steps(params, inputs, _shifted(zeros, h0))
+    carry = (jnp.int32(0), h, residual(h))
+    if newton.tolerance > 0:
+        carry = jax.lax.while_loop(unfinished, iterate, carry)
+    else:
+        carry = jax.lax.fori_loop(0, newton.num_iterations, lambda _, c: iterate(c), carry)
+    iterations, h, r = carry
+    largest = size(r)
+    if newton.fallback == "none":
+        return h, SolveInfo(largest, iterations, jnp.zeros(h.shape[0], bool))
+    failed = ~(largest <= (newton.tolerance or _LARGEST_RESIDUAL))  # true for NaN
+
+    def replaced(h):
+        rows = failed.reshape(-1, *[1] * (h.ndim - 1))
+        return jnp.where(rows, _sequential(cell, params, inputs, h0), h)
+
+    h = jax.lax.cond(jnp.any(failed), replaced, lambda h: h, h)
+    return h, SolveInfo(largest, iterations, failed)
+
+
+def _forward(cell, newton, params, inputs, h0):
+    h, info = _solve(cell, newton, params, inputs, h0)
+    return (h, info), (params, inputs, h0, h)
+
+
+def _backward(cell, newton, saved, cotangents):
+    params, inputs, h0, h = saved
+    before = _shifted(h, h0)
+    jacobians = cell.transposed(cell.jacobians(params, inputs, before, h))
+    following = jnp.concatenate([jacobians[:, 1:], jnp.zeros_like(jacobians[:, :1])], axis=1)
+    adjoint = linear_recurrence(following, cotangents[0], reverse=True)
+    _, pull = jax.vjp(cell.steps, params, inputs, before)
+    grad_params, grad_inputs, grad_before = pull(adjoint)
+    return grad_params, grad_inputs, grad_before[:, 0]
+
+
+_solve.defvjp(_forward, _backward)
