@@ -1,6 +1,16 @@
 """Nonlinear recurrent networks trained in parallel over time (ParaRNN, arXiv 2510.21450)."""
 
+from jaxeff.recurrent.clip import clip_recurrent
+from jaxeff.recurrent.layers import ParaGRU, ParaLSTM
 from jaxeff.recurrent.newton import NewtonConfig, SolveInfo, parallel_rnn
 from pallas_kernels import linear_recurrence
 
-__all__ = ["NewtonConfig", "SolveInfo", "linear_recurrence", "parallel_rnn"]
+__all__ = [
+    "NewtonConfig",
+    "ParaGRU",
+    "ParaLSTM",
+    "SolveInfo",
+    "clip_recurrent",
+    "linear_recurrence",
+    "parallel_rnn",
+]

@@ -158,3 +158,14 @@ def test_bad_arguments_are_refused_by_name(change, message):
     }
     with pytest.raises(ValueError, match=message):
         parallel_rnn(gru_step, **(arguments | change))
+
+
+def test_in_float64_as_many_iterations_as_steps_but_one_are_exact():
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0))
+        params = {"a": 2 * jax.random.normal(keys[0], (3, 4), jnp.float64)}
+        u, h0 = jax.random.normal(keys[1], (2, 12, 3, 4), jnp.float64), jnp.ones((2, 4))
+        states, _ = parallel_rnn(gru_step, params, u, h0, newton=NewtonConfig(11))
+        expected, _ = parallel_rnn(gru_step, params, u, h0, method="sequential")
+        assert states.dtype == jnp.float64
+        np.testing.assert_allclose(states, expected, rtol=0, atol=1e-12)
