@@ -159,6 +159,10 @@ def solve(config: Config, u: jax.Array, weights: jax.Array, first: jax.Array) ->
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _solve(config, u, weights, first):
+    if config.implementation == "mosaic_tpu":
+        from pallas_kernels import recurrent_tiles_tpu
+
+        return recurrent_tiles_tpu.forward(config, u, weights, first)
     dtype = recurrence.compute_dtype(u, weights)
     run = newton if config.method == "newton" else sequential
     operands = (x.astype(dtype) for x in (u, weights, first))
@@ -172,8 +176,13 @@ def _forward(config, u, weights, first):
 
 def _backward(config, saved, grad):
     u, weights, first, _ = saved
-    dtype = recurrence.compute_dtype(u, weights)
-    found = adjoint(config, *(x.astype(dtype) for x in (*saved, grad)))
+    if config.implementation == "mosaic_tpu":
+        from pallas_kernels import recurrent_tiles_tpu
+
+        found = recurrent_tiles_tpu.adjoint(config, *saved, grad)
+    else:
+        dtype = recurrence.compute_dtype(u, weights)
+        found = adjoint(config, *(x.astype(dtype) for x in (*saved, grad)))
     return tuple(x.astype(y.dtype) for x, y in zip(found, (u, weights, first), strict=True))
 
 
@@ -213,9 +222,18 @@ def checked(u, weights, first, *, method, num_iterations, damping, tile):
             raise ValueError(f"{name} has dtype {x.dtype}, expected a floating one")
 
 
-def configure(cell, *, method, implementation, num_iterations, damping, tile) -> Config:
-    """Chooses implementation and method of a call."""
-    choice = doors.choose_implementation(implementation, {"xla": lambda: None})
+def configure(
+    cell, u, *, method, implementation, num_iterations, damping, tile, float64=False
+) -> Config:
+    """Chooses implementation and method of a call on the projections `u`."""
+    from pallas_kernels import recurrent_tiles_tpu  # it needs this module's names
+
+    refusals = {
+        "xla": lambda: None,
+        "mosaic_tpu": lambda: recurrent_tiles_tpu.refusal(u, method, tile, float64=float64),
+    }
+    choice = doors.choose_implementation(implementation, refusals)
     if method == "auto":
-        method = "newton"
+        # With gates of diagonal weights, one pass of whole registers beats three iterations.
+        method = "sequential" if choice == "mosaic_tpu" else "newton"
     return Config(cell, method, choice, int(num_iterations), float(damping), int(tile))

@@ -38,9 +38,10 @@ def fused_gru(
       num_iterations: Newton iterations. After k of them the first k + 1 steps of each tile are
         exact; with max |a| above 1 they may diverge.
       damping: factor of each Newton correction, between 0 and 2.
-      method: "newton", "sequential" (one pass over time, exact), or "auto".
+      method: "newton", "sequential" (one pass over time, exact), or "auto": sequential where the
+        TPU kernel serves, Newton otherwise.
       tile: steps that Newton's method solves at once, from the exact end of the tile before.
-      implementation: None | "xla".
+      implementation: None | "xla" | "mosaic_tpu".
 
     Returns:
       (B, T, H) in u's dtype.
@@ -54,8 +55,9 @@ def fused_gru(
     h0 = h0 if h0 is None else jnp.asarray(h0)
     options = {"num_iterations": num_iterations, "damping": damping, "tile": tile}
     recurrent_tiles.checked(u, {"a": (a, 3)}, {"h0": h0}, method=method, **options)
+    float64 = jnp.result_type(u, a) == jnp.float64
     config = recurrent_tiles.configure(
-        CELL, method=method, implementation=implementation, **options
+        CELL, u, method=method, implementation=implementation, float64=float64, **options
     )
     first = jnp.zeros((u.shape[0], u.shape[-1]), a.dtype) if h0 is None else h0
     return recurrent_tiles.solve(config, u, a, first[None])[0]

@@ -41,9 +41,10 @@ def fused_lstm(
       num_iterations: Newton iterations. After k of them the first k + 1 steps of each tile are
         exact; with max |a| above 1 they may diverge.
       damping: factor of each Newton correction, between 0 and 2.
-      method: "newton", "sequential" (one pass over time, exact), or "auto".
+      method: "newton", "sequential" (one pass over time, exact), or "auto": sequential where the
+        TPU kernel serves, Newton otherwise.
       tile: steps that Newton's method solves at once, from the exact end of the tile before.
-      implementation: None | "xla".
+      implementation: None | "xla" | "mosaic_tpu".
 
     Returns:
       (c, h), each (B, T, H) in u's dtype.
@@ -59,8 +60,9 @@ def fused_lstm(
     options = {"num_iterations": num_iterations, "damping": damping, "tile": tile}
     states = {"state0[0]": c0, "state0[1]": h0}
     recurrent_tiles.checked(u, weights, states, method=method, **options)
+    float64 = jnp.result_type(u, a, peephole) == jnp.float64
     config = recurrent_tiles.configure(
-        CELL, method=method, implementation=implementation, **options
+        CELL, u, method=method, implementation=implementation, float64=float64, **options
     )
     zeros = jnp.zeros((2, u.shape[0], u.shape[-1]), a.dtype)
     first = zeros if state0 is None else jnp.stack([c0, h0])
