@@ -22,15 +22,24 @@ def operands(cell, batch, steps, width, dtype=jnp.float32):
     return u, weights, first
 
 
-@CELLS
+SHORT = [(9, 3, 128), (2, 2, 256)]
+CASES = [
+    ("newton", 2, 1, 130),
+    ("newton", 2, 33, 130),  # two tiles of 16 and a step
+    ("newton", 9, 3, 128),
+    ("sequential", 2, 2, 256),
+    ("sequential", 2, 129, 130),
+]
+
+
 @pytest.mark.parametrize(
-    ("method", "batch", "steps", "width"),
-    [
-        ("newton", 2, 1, 130),
-        ("newton", 2, 33, 130),  # two tiles of 16 and a step
-        ("newton", 9, 3, 128),
-        ("sequential", 2, 2, 256),
-        ("sequential", 2, 129, 130),
+    ("cell", "method", "batch", "steps", "width"),
+    # The interpreter takes long to compile the LSTM's kernels: one small case of each, the rest
+    # with the long tests.
+    [(GRU, *case) for case in CASES]
+    + [
+        pytest.param(LSTM, *case, marks=[] if case[1:] in SHORT else pytest.mark.slow)
+        for case in CASES
     ],
 )
 def test_states_and_gradients_are_those_of_the_definition(cell, method, batch, steps, width):
