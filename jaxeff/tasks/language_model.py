@@ -102,6 +102,17 @@ def _data_settings():
         raise ConfigError(f"config.data: {error}") from error
 
 
+def matrix_labels(params: Any) -> Any:
+    """Returns ``"matrix"`` for the matrices inside a decoder's layers, ``"other"`` for the rest."""
+
+    def label(path, leaf):
+        names = [getattr(key, "key", "") for key in path]
+        inside = names[0].startswith("layers") and names[-1] not in ("scale", "bias")
+        return "matrix" if inside else "other"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
 class LanguageModelTask:
     """Next-token prediction with the decoder of ``jaxeff.language``.
 
@@ -148,14 +159,8 @@ class LanguageModelTask:
         return 3 * flops_per_token(self.model, self.data.seq_len) * tokens
 
     def param_labels(self, params: Any) -> Any:
-        """Returns ``"matrix"`` for the matrices inside the layers and ``"other"`` for the rest."""
-
-        def label(path, leaf):
-            names = [getattr(key, "key", "") for key in path]
-            inside = names[0].startswith("layers") and names[-1] not in ("scale", "bias")
-            return "matrix" if inside else "other"
-
-        return jax.tree_util.tree_map_with_path(label, params)
+        """Returns what is updated alike; see `matrix_labels`."""
+        return matrix_labels(params)
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Any, dict]:
         """Returns the decoder's parameters, boxed with logical axis names; no other state."""

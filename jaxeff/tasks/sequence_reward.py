@@ -40,6 +40,7 @@ from jaxeff.language import (
 )
 from jaxeff.metrics.bleu import BleuAccumulator, bleu_reward, bleu_statistics, sentence_bleu
 from jaxeff.tasks.experiment import Experiment
+from jaxeff.tasks.language_model import matrix_labels
 from jaxeff.training.config import ConfigError, require
 from jaxeff.training.task import Aux, Placement
 
@@ -192,14 +193,8 @@ class SequenceRewardTask:
         return 4 * flops_per_token(self.model, length) * tokens
 
     def param_labels(self, params: Any) -> Any:
-        """Returns ``"matrix"`` for the matrices inside the layers and ``"other"`` for the rest."""
-
-        def label(path, leaf):
-            names = [getattr(key, "key", "") for key in path]
-            inside = names[0].startswith("layers") and names[-1] not in ("scale", "bias")
-            return "matrix" if inside else "other"
-
-        return jax.tree_util.tree_map_with_path(label, params)
+        """Returns what is updated alike; see `matrix_labels`."""
+        return matrix_labels(params)
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Any, dict]:
         """Returns the decoder's parameters, boxed with logical axis names; no other state."""
