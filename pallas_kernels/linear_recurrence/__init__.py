@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import doors
-from pallas_kernels.linear_recurrence import reference
+from pallas_kernels.linear_recurrence import reference, sharded, tpu
 
-__all__ = ["linear_recurrence"]
+__all__ = ["linear_recurrence", "sharded_linear_recurrence"]
 
 METHODS = ("auto", "scan", "sequential")
-MOST_BLOCKS = 4
+MOST_BLOCKS, MOST_TRITON_BLOCKS = 4, 3
 
 
 def linear_recurrence(
@@ -60,13 +60,58 @@ def linear_recurrence(
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
     a, b, h0 = _checked(a, b, h0)
-    implementation = doors.choose_implementation(implementation, _refusals(a, b, method))
+    named = implementation is not None
+    implementation = doors.choose_implementation(implementation, _refusals(a, b, method, named))
     if b.size == 0:
         return b
     if implementation == "xla" and method == "auto":
         method = _faster_method(a)
     run = _runner(implementation, method, block_sizes)
     return _recurrence(run, bool(reverse), *_varying_alike(a, b, h0))
+
+
+def sharded_linear_recurrence(
+    a: jax.Array,
+    b: jax.Array,
+    axis_name: str,
+    *,
+    h0: jax.Array | None = None,
+    reverse: bool = False,
+    method: str = "auto",
+    implementation: str | None = None,
+    block_sizes: Any = None,
+) -> jax.Array:
+    """`linear_recurrence` inside a `shard_map` that splits the steps over a mesh axis.
+
+    Every device reduces its own steps to one transition and one offset, gathers those of all
+    devices, and runs its steps from the state that the devices before it lead to. Differentiable
+    like `linear_recurrence`.
+
+    Args:
+      a, b: the device's own steps, as for `linear_recurrence`; all devices have as many.
+      axis_name: of the mesh axis; its order is that of time.
+      h0: the state before the first step of the first device, or behind the last step of the last
+        one with `reverse`; the same on all devices of the axis.
+      reverse, method, implementation, block_sizes: as for `linear_recurrence`.
+
+    Returns:
+      the device's own states, with shape and dtype of `b`.
+
+    Raises:
+      ValueError, NotImplementedError: as `linear_recurrence`.
+      NameError: outside of a `shard_map` over `axis_name`.
+    """
+    a, b, h0 = _varying_alike(*_checked(a, b, h0))
+    start = sharded.carried_in(a, b, h0, axis_name, reverse=reverse)
+    return linear_recurrence(
+        a,
+        b,
+        h0=start,
+        reverse=reverse,
+        method=method,
+        implementation=implementation,
+        block_sizes=block_sizes,
+    )
 
 
 def _checked(a, b, h0):
@@ -113,8 +158,30 @@ def _varying_alike(*arrays):
     ]
 
 
-def _refusals(a, b, method):
-    return {"xla": lambda: None}
+def _refusals(a, b, method, named):
+    def kernel(reason):
+        def refuse():
+            if a.ndim == reference.DENSE:
+                return "a is dense, and kernels take diagonal and block-diagonal transitions"
+            if method != "auto" and not named:
+                return f"method={method!r} is an algorithm of XLA's"
+            return reason()
+
+        return refuse
+
+    return {
+        "xla": lambda: None,
+        "mosaic_tpu": kernel(functools.partial(tpu.refusal, (a.dtype, b.dtype))),
+        "triton": kernel(functools.partial(_triton_refusal, a, b)),
+    }
+
+
+def _triton_refusal(a, b):
+    if a.ndim == reference.BLOCK and a.shape[2] > MOST_TRITON_BLOCKS:
+        return f"a has {a.shape[2]} x {a.shape[2]} blocks, more than {MOST_TRITON_BLOCKS}"
+    if reference.compute_dtype(a, b) != jnp.float32:
+        return "its arithmetic is float32"
+    return doors.triton_refusal()
 
 
 def _faster_method(a):
@@ -124,13 +191,29 @@ def _faster_method(a):
 @functools.lru_cache(maxsize=64)
 def _runner(implementation, method, block_sizes):
     """The function of (a, b, h0, reverse, adjoint), made once so that it is compiled once."""
-    return functools.partial(_run_xla, getattr(reference, method))
+    if implementation == "xla":
+        return functools.partial(_run_xla, getattr(reference, method))
+    return functools.partial(_run_kernel, implementation, block_sizes)
 
 
 def _run_xla(algorithm, a, b, h0, *, reverse, adjoint=False):
     if adjoint:
         a = reference.adjoint_operands(a, reverse=reverse)
     return algorithm(a, b, h0, reverse=reverse)
+
+
+def _run_kernel(implementation, block_sizes, a, b, h0, *, reverse, adjoint=False):
+    return _kernel(implementation, block_sizes, reverse, adjoint)(a, b, h0)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(implementation, block_sizes, reverse, adjoint):
+    if implementation == "mosaic_tpu":
+        kernel = tpu.recurrence
+    else:
+        from pallas_kernels.linear_recurrence.gpu import recurrence as kernel
+    options = {"reverse": reverse, "adjoint": adjoint, "block_sizes": block_sizes}
+    return doors.over_batch(functools.partial(kernel, **options))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
