@@ -1,4 +1,5 @@
-"""Linear recurrences on TPU: diagonal and block-diagonal, one pass over HBM.
+"""Linear recurrences on TPU: diagonal and block-diagonal, one pass over HBM
+by the kernel.
 
 Channels lie along the 128 lanes. A tile of time is cut into chunks, one a sublane, so that each
 instruction on a whole register advances eight chunks by one step (registers are filled by loads
@@ -105,7 +106,7 @@ def recurrence(
     chunks, length = SUBLANES * sizes.groups, sizes.chunk_length(steps)
     tile = chunks * length
     tiles = pl.cdiv(steps, tile)
-    # Time next to the channels: a layout that the compiler can have the producer write.
+    # Time next to the channels. For blocks that is a copy in HBM, of the states too.
     a = jnp.moveaxis(a, 1, 3).reshape(batch, blocks**2, steps, channels)
     b = jnp.moveaxis(b, 1, 2)
 

@@ -238,18 +238,6 @@ def test_odd_shapes_compile(scheduled, chip, dtype, blocks, shape):
 
 @pytest.mark.tpu_compile
 @pytest.mark.xdist_group("tpu_compile")
-def test_the_kernel_reads_blocks_where_they_were_made(tpu):
-    def solve(parts, b):
-        a = jnp.tanh(jnp.stack(parts, axis=2)).reshape(8, 1024, 2, 2, 256)
-        return linear_recurrence(a, b, implementation="mosaic_tpu")
-
-    spec = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    report = tpu(solve, ([spec((8, 1024, 256))] * 4, spec((8, 1024, 2, 256))), "v5e")
-    assert "linear_recurrence" in report.kernels[0].name
-
-
-@pytest.mark.tpu_compile
-@pytest.mark.xdist_group("tpu_compile")
 def test_every_chip_of_a_mesh_runs_its_own_rows(tpu):
     from jaxeff.aot import target_mesh
 
