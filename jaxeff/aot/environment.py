@@ -36,6 +36,8 @@ CUDA_SETTINGS = {
 SCHEDULES = "JAXEFF_AOT_SCHEDULES"
 SCHEDULE_PREFIX = "jaxeff_schedules_"  # of the directory for dumps that we make ourselves
 _DUMP_FLAG = "--xla_jf_dump_to="
+# Only the last stage of every kernel: the bundles as the chip runs them.
+_DUMP_OPTIONS = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
 
 
 class CompilerMissingError(RuntimeError):
@@ -70,16 +72,21 @@ def prepare_compiler(target: Target) -> None:
 
 def _request_schedule_dump() -> None:
     arguments = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if _DUMP_FLAG in arguments:
+    given = schedule_dump_directory()
+    own = f"{SCHEDULE_PREFIX}{os.getpid()}_"
+    if given and (not _is_ours(given) or os.path.basename(given).startswith(own)):
         return
-    directory = tempfile.mkdtemp(prefix=SCHEDULE_PREFIX)
+    if given:
+        # Our parent's: it and its other children empty it while they compile.
+        arguments = arguments.replace(f"{_DUMP_FLAG}{given} {_DUMP_OPTIONS}", "")
+    directory = tempfile.mkdtemp(prefix=own)
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    # Only the last stage of every kernel: the bundles as the chip runs them.
-    flags = (
-        f"{_DUMP_FLAG}{directory} --xla_jf_dump_llo_text=true "
-        "--xla_jf_dump_llo_pass_label_regex=final"
-    )
-    os.environ["LIBTPU_INIT_ARGS"] = f"{arguments} {flags}".strip()
+    flags = f"{_DUMP_FLAG}{directory} {_DUMP_OPTIONS}"
+    os.environ["LIBTPU_INIT_ARGS"] = f"{arguments.strip()} {flags}".strip()
+
+
+def _is_ours(directory: str) -> bool:
+    return os.path.basename(directory).startswith(SCHEDULE_PREFIX)
 
 
 def schedule_dump_directory() -> str | None:
