@@ -65,7 +65,7 @@ class SequenceRewardOptions:
     samples_per_prompt: int = 16
     temperature: float = 1.0
     entropy_bonus: float = 0.0
-    smoothing: str = "floor"
+    smoothing: Literal["none", "floor", "add-k", "exp"] = "floor"
     num_examples: int = 4
 
     def __post_init__(self):
@@ -130,6 +130,8 @@ def best_of_n_weights(rewards: jax.Array) -> jax.Array:
     differ = jnp.max(rewards, axis=-1) > jnp.min(rewards, axis=-1)
     return count * best * differ[..., None]
 
+
+_NLTK_METHODS = {"none": "method0", "floor": "method1", "add-k": "method2", "exp": "method3"}
 
 _WEIGHTS = {"reinforce": leave_one_out_advantages, "best_of_n": best_of_n_weights}
 
@@ -274,11 +276,18 @@ class SequenceRewardTask:
         return {name: jnp.repeat(x, count, axis=0) for name, x in batch.items()}
 
     def train_iterator(self, shard_index: int, shard_count: int) -> TranslationIterator:
-        """Returns one host's rows of the training batches."""
+        """Returns one host's rows of the training batches.
+
+        Raises:
+          ConfigError: the batch cannot be divided, or either side of the language is too small.
+        """
+        next(self.heldout(shard_index, shard_count))  # refused now, not at the first evaluation
         try:
-            return TranslationIterator(
+            iterator = TranslationIterator(
                 self.data, seed=self._seed, process_index=shard_index, process_count=shard_count
             )
+            iterator.batch(0)
+            return iterator
         except ValueError as error:
             raise ConfigError(f"config.data: {error}") from error
 
@@ -361,11 +370,14 @@ class SequenceRewardTask:
 
         rewards = jax.jit(self.rewards)
         gradient = jax.jit(jax.value_and_grad(self.loss, has_aux=True))
+        host = None
+        if importlib.util.find_spec("nltk"):
+            host = _seconds(lambda: nltk_rewards(samples, repeated, self.options.smoothing))
         return RewardCost(
             count=len(samples.lengths),
             reward=_seconds(lambda: rewards(samples, repeated)),
             step=_seconds(lambda: gradient(params, {}, batch, key, jnp.int32(0))),
-            host=_host_seconds(samples, repeated, self.options.smoothing),
+            host=host,
         )
 
 
@@ -414,7 +426,7 @@ def _words(ids) -> str:
 
 
 def _seconds(run: Callable[[], Any], rounds: int = 5) -> float:
-    """Median time of a compiled call."""
+    """Median time of a call, the first one (which compiles) left out."""
     jax.block_until_ready(run())
     times = []
     for _ in range(rounds):
@@ -424,20 +436,21 @@ def _seconds(run: Callable[[], Any], rounds: int = 5) -> float:
     return statistics.median(times)
 
 
-def _host_seconds(samples: Samples, batch: Batch, smoothing: str) -> float | None:
-    """Time of the same reward by NLTK; None without NLTK or for a smoothing it does not have."""
-    methods = {"none": "method0", "floor": "method1", "exp": "method3"}
-    if importlib.util.find_spec("nltk") is None or smoothing not in methods:
-        return None
+def nltk_rewards(samples: Samples, batch: Batch, smoothing: str) -> list[float]:
+    """Returns the rewards as a loop on the host gets them: copied from the device, one by one.
+
+    Args:
+      samples: with the end token where they have one.
+      batch: their references and lengths.
+      smoothing: as in the options.
+    """
     from nltk.translate import bleu_score
 
-    smooth = getattr(bleu_score.SmoothingFunction(), methods[smoothing])
-    started = time.perf_counter()
-    tokens, num_words, references, lengths = jax.device_get(
-        (samples.tokens, samples.num_words, batch["references"], batch["lengths"])
-    )
-    for candidate, n, reference, m in zip(tokens, num_words, references, lengths, strict=True):
-        bleu_score.sentence_bleu(
-            [reference[:m].tolist()], candidate[:n].tolist(), smoothing_function=smooth
-        )
-    return time.perf_counter() - started
+    smooth = getattr(bleu_score.SmoothingFunction(), _NLTK_METHODS[smoothing])
+    copied = jax.device_get((*samples, batch["references"], batch["lengths"]))
+    scores = []
+    for tokens, num_tokens, reference, length in zip(*copied, strict=True):
+        words = [token for token in tokens[:num_tokens].tolist() if token != EOS_ID]
+        wanted = reference[:length].tolist()
+        scores.append(bleu_score.sentence_bleu([wanted], words, smoothing_function=smooth))
+    return scores

@@ -16,6 +16,7 @@ from jaxeff.tasks.sequence_reward import (
     Samples,
     best_of_n_weights,
     leave_one_out_advantages,
+    nltk_rewards,
     policy_gradient_loss,
 )
 from jaxeff.training import ConfigError, MeshConfig
@@ -131,6 +132,26 @@ def test_the_reward_is_the_bleu_of_the_words_before_the_end(task, batch):
     np.testing.assert_allclose(task.rewards(Samples(beyond, lengths + 1), batch), expected)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("smoothing", ["none", "floor", "add-k", "exp"])
+def test_nltk_on_the_host_gives_the_same_rewards(experiment, batch, smoothing):
+    """What the closing report times beside the reward is the same work."""
+    options = dataclasses.replace(experiment.options, smoothing=smoothing)
+    task = make_task(dataclasses.replace(experiment, options=options))
+    repeated = {name: jnp.repeat(x, 8, axis=0) for name, x in batch.items()}
+    rng = np.random.default_rng(0)
+    # 0 to 5 words, the references' with some replaced; those of 5 have no room for the end.
+    words = np.pad(repeated["references"], ((0, 0), (0, 1)), constant_values=4)
+    words = np.where(rng.random(words.shape) < 0.3, rng.integers(3, 8, words.shape), words)
+    num_words = rng.integers(0, 6, (64, 1))
+    tokens = np.where(np.arange(5) < num_words, words, PAD_ID)
+    np.put_along_axis(tokens, np.minimum(num_words, 4), np.where(num_words < 5, EOS_ID, 3), axis=1)
+    samples = Samples(jnp.asarray(tokens), jnp.asarray(np.minimum(num_words[:, 0] + 1, 5)))
+    expected = nltk_rewards(samples, repeated, smoothing)
+    assert len(set(expected)) > 2 and max(expected) > 0
+    np.testing.assert_allclose(task.rewards(samples, repeated), expected, atol=2e-6)
+
+
 def test_one_compiled_step_samples_scores_and_learns(task, experiment):
     trainer = make_trainer(experiment, task=task, devices=ONE)
     text = trainer.lower_step().as_text()
@@ -189,7 +210,8 @@ def test_a_run_trains_evaluates_and_reports(experiment, objective, tmp_path):
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(experiment, tmp_path):
     def run(steps, folder):
-        training = dataclasses.replace(experiment.training, num_steps=steps)
+        # In micro-batches, each of which samples with a key of its own.
+        training = dataclasses.replace(experiment.training, num_steps=steps, accumulation_steps=2)
         changed = dataclasses.replace(experiment, training=training)
         trainer = make_trainer(changed, devices=ONE)
         return trainer.fit(tmp_path / folder, changed.to_dict()).state.params
@@ -248,6 +270,7 @@ def test_translation_is_learnt_from_the_reward_alone(seed, tmp_path):
         ("options", {"samples_per_prompt": 1}, "samples_per_prompt is 1"),
         ("options", {"temperature": 0.0}, "temperature is 0.0"),
         ("options", {"objective": "ppo"}, "objective"),
+        ("options", {"smoothing": "flor"}, "smoothing' is 'flor'; expected one of 'none', 'floor'"),
         ("model", {"vocab_size": 7}, "vocab_size is 7; expected at least 8"),
     ],
 )
