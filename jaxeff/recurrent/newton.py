@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import linear_recurrence
+from pallas_kernels.linear_recurrence import reference
 
 STRUCTURES = ("diagonal", "block", "dense")
 METHODS = ("newton", "sequential")
@@ -155,12 +156,9 @@ class _Cell:
             return jnp.stack([along(row[:, None]) for row in eye], axis=3)
         return jax.vmap(along, out_axes=3)(jnp.eye(before.shape[2]))
 
-    def transposed(self, jacobians):
-        return jacobians if self.structure == "diagonal" else jnp.swapaxes(jacobians, 2, 3)
-
 
 def _shifted(states, h0):
-    return jnp.concatenate([h0[:, None], states[:, :-1]], axis=1)
+    return reference.shifted(states, h0, reverse=False)
 
 
 def _sequential(cell, params, inputs, h0):
@@ -220,7 +218,8 @@ def _forward(cell, newton, params, inputs, h0):
 def _backward(cell, newton, saved, cotangents):
     params, inputs, h0, h = saved
     before = _shifted(h, h0)
-    jacobians = cell.transposed(cell.jacobians(params, inputs, before, h))
+    jacobians = cell.jacobians(params, inputs, before, h)
+    jacobians = reference.transposed(jacobians, jacobians.ndim)
     following = jnp.concatenate([jacobians[:, 1:], jnp.zeros_like(jacobians[:, :1])], axis=1)
     adjoint = linear_recurrence(following, cotangents[0], reverse=True)
     _, pull = jax.vjp(cell.steps, params, inputs, before)

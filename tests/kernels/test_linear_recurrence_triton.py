@@ -1,18 +1,13 @@
 """The Triton kernels of linear recurrences, interpreted and compiled for an absent GPU."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from interpreted import run_in_tritons_interpreter
 
 from pallas_kernels.linear_recurrence import linear_recurrence
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.cuda_compile
@@ -43,16 +38,4 @@ def test_what_the_kernels_do_not_serve_is_refused(cuda):
 
 @pytest.mark.optional_dependency
 def test_states_are_those_of_the_loop_in_tritons_interpreter():
-    pytest.importorskip("torch")
-    pytest.importorskip("triton")
-    script = Path(__file__).with_name("linear_recurrence_triton_interpreter.py")
-    paths = os.pathsep.join([str(ROOT), str(script.parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "states agree" in run.stdout
+    run_in_tritons_interpreter("linear_recurrence_triton_interpreter.py", "states agree")

@@ -1,19 +1,14 @@
 """The kernels of n-gram counts, compiled for chips that are not there."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from interpreted import run_in_tritons_interpreter
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.ngram_counts import ngram_counts
-
-ROOT = Path(__file__).parents[2]
 
 
 def spec(*shape, sharding=None):
@@ -98,16 +93,4 @@ def test_a_triton_kernel_can_be_vmapped(cuda):
 
 @pytest.mark.optional_dependency
 def test_the_gpu_kernel_counts_like_dictionaries_in_tritons_interpreter():
-    pytest.importorskip("torch")
-    pytest.importorskip("triton")
-    script = Path(__file__).with_name("triton_interpreter.py")
-    paths = os.pathsep.join([str(ROOT), str(script.parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "counts agree" in run.stdout
+    run_in_tritons_interpreter("ngram_counts_triton_interpreter.py", "counts agree")
