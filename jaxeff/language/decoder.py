@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxeff.language.attention import attention
-from jaxeff.language.cache import CachedKeys, KVCache, check_room, write
+from jaxeff.language.cache import CachedKeys, KVCache, check_room, init_cache, write
 from jaxeff.language.config import DecoderConfig
 from jaxeff.language.layers import MLP, Embedding, Linear, RMSNorm, make_linear, residual_std
 from jaxeff.language.moe import (
@@ -230,6 +230,7 @@ class Decoder(nn.Module):
         mask: jax.Array | None = None,
         layer_gates: Any = None,
         inputs_embeds: jax.Array | None = None,
+        num_tokens: jax.Array | None = None,
         return_logits: bool = True,
         return_hidden_states: bool = False,
     ) -> DecoderOutput:
@@ -247,6 +248,8 @@ class Decoder(nn.Module):
           layer_gates: (L, 2) bool, run attention / run MLP of each layer. Skipped sub-layers are
             not computed; a skipped attention leaves zero keys and values in the cache. Gates that
             are not traced are resolved while tracing where the layers are not scanned.
+          num_tokens: (B,) int, how many of the T tokens each row really has, the rest being padding
+            behind them: the cache's lengths grow by that. Default: T.
           return_logits: compute `logits`; without them the head is not touched.
           return_hidden_states: put (L + 1, B, T, d) in `aux`: the embeddings, each layer's output,
             the last one after the final norm.
@@ -269,9 +272,18 @@ class Decoder(nn.Module):
             states = (embedded[None], outputs.hidden[:-1], x[None])
             aux["hidden_states"] = jnp.concatenate(states)
         if cache is not None:
-            cache = write(cache, outputs.k, outputs.v)
+            written = write(cache, outputs.k, outputs.v)
+            new = x.shape[1] if num_tokens is None else num_tokens
+            cache = written.replace(lengths=cache.lengths + new)
         logits = self.logits(embed, x) if return_logits or self.is_initializing() else None
         return DecoderOutput(logits=logits, cache=cache, aux=aux, hidden=x)
+
+    @nn.nowrap
+    def init_cache(self, batch: int, capacity: int, dtype=None) -> KVCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens, sharded as it is used."""
+        cache = init_cache(self.config, batch, capacity, dtype)
+        axes = (None, "act_batch", None, "act_kv_heads", None)
+        return cache.replace(k=constrain(cache.k, *axes), v=constrain(cache.v, *axes))
 
     def embedded(self, embed, tokens, inputs_embeds):
         if (tokens is None) == (inputs_embeds is None):
@@ -358,7 +370,7 @@ class Decoder(nn.Module):
             return DecoderLayer
         return nn.remat(
             DecoderLayer,
-            policy=_remat_policy(self.config.remat),
+            policy=remat_policy(self.config.remat, NAMED_ACTIVATIONS),
             prevent_cse=not self.config.scanned,
         )
 
@@ -380,15 +392,16 @@ class Decoder(nn.Module):
         return constrain(logits, "act_batch", "act_seq", "act_vocab")
 
 
-def _remat_policy(name: str):
+def remat_policy(name: str, kept: tuple[str, ...]):
+    """The `jax.checkpoint` policy of a config's `remat`; `kept` are the activations it names."""
     policies = jax.checkpoint_policies
     return {
         "full": policies.nothing_saveable,
         "dots_with_no_batch_dims": policies.dots_with_no_batch_dims_saveable,
-        "names": policies.save_only_these_names(*NAMED_ACTIVATIONS),
+        "names": policies.save_only_these_names(*kept),
         "names_offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
-            names_which_can_be_offloaded=list(NAMED_ACTIVATIONS),
+            names_which_can_be_offloaded=list(kept),
             offload_src="device",
             offload_dst="pinned_host",
         ),

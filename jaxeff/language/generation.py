@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.language.cache import KVCache, init_cache
 from jaxeff.language.config import DecoderConfig
 from jaxeff.language.decoder import Decoder, head_kernel
 from jaxeff.language.sampling import SamplingConfig, apply_warpers, draw, warper_values
@@ -84,7 +83,7 @@ class _Request(NamedTuple):
 class _State:
     """The sequences after `step` drawn tokens; the last one is not in the cache yet."""
 
-    cache: KVCache
+    cache: Any  # the decoder's
     last: jax.Array  # (batch,)
     done: jax.Array  # (batch,)
     output: GenerateOutput
@@ -131,7 +130,8 @@ def generate(
         Smaller chunks need less memory: scores are (batch, heads, chunk, capacity).
       sequence_ids: (batch,) integers that name the rows for the random keys; None counts from 0.
       cache_dtype: None takes `config.dtype`.
-      decoder: a `Decoder` with replaced pieces; None builds `Decoder(config)`.
+      decoder: a `Decoder` with replaced pieces, or another model with its call and `init_cache`;
+        None builds `Decoder(config)`.
 
     Raises:
       ValueError: arguments of the wrong shape, prompt lengths outside 1..T, ids outside the
@@ -358,15 +358,17 @@ def _start(params: Params, request: _Request, plan: _Plan) -> _State:
 def _advance(params: Params, request: _Request, plan: _Plan, state: _State) -> _State:
     """Runs the model on the last tokens and draws the next ones."""
     out = plan.decoder.apply(
-        {"params": params}, state.last[:, None], cache=state.cache, return_logits=False
+        {"params": params},
+        state.last[:, None],
+        cache=state.cache,
+        # Rows that have ended stay where they are: their writes never go past the capacity.
+        num_tokens=(~state.done).astype(jnp.int32),
+        return_logits=False,
     )
-    # Rows that have ended stay where they are: their writes never go past the capacity.
-    lengths = jnp.where(state.done, state.cache.lengths, out.cache.lengths)
-    state = state.replace(cache=out.cache.replace(lengths=lengths))
-    return _draw_next(params, request, plan, state, out.hidden[:, 0])
+    return _draw_next(params, request, plan, state.replace(cache=out.cache), out.hidden[:, 0])
 
 
-def _prefill(params: Params, request: _Request, plan: _Plan) -> tuple[KVCache, jax.Array]:
+def _prefill(params: Params, request: _Request, plan: _Plan) -> tuple[Any, jax.Array]:
     """Returns the filled cache and the hidden state (batch, d) of each prompt's last token."""
     config, (batch, length) = plan.decoder.config, request.prompts.shape
     chunk = plan.prefill_chunk
@@ -378,21 +380,22 @@ def _prefill(params: Params, request: _Request, plan: _Plan) -> tuple[KVCache, j
     def fill(carry, inputs):
         cache, last = carry
         start, tokens = inputs
-        out = plan.decoder.apply({"params": params}, tokens, cache=cache, return_logits=False)
+        out = plan.decoder.apply(
+            {"params": params},
+            tokens,
+            cache=cache,
+            num_tokens=jnp.clip(request.prompt_lengths - start, 0, chunk),
+            return_logits=False,
+        )
         offset = (ends - start)[:, None, None]
         here = jnp.take_along_axis(out.hidden, jnp.clip(offset, 0, chunk - 1), axis=1)
         last = jnp.where((offset >= 0) & (offset < chunk), here, last)
         return (out.cache, last), None
 
-    cache = init_cache(config, batch, length + plan.max_new_tokens, plan.cache_dtype)
-    cache = cache.replace(k=_constrain_cache(cache.k), v=_constrain_cache(cache.v))
+    cache = plan.decoder.init_cache(batch, length + plan.max_new_tokens, plan.cache_dtype)
     last = jnp.zeros((batch, 1, config.hidden_size), config.dtype)
     (cache, last), _ = jax.lax.scan(fill, (cache, last), (jnp.arange(num_chunks) * chunk, chunks))
-    return cache.replace(lengths=request.prompt_lengths), last[:, 0]
-
-
-def _constrain_cache(x: jax.Array) -> jax.Array:
-    return constrain(x, None, "act_batch", None, "act_kv_heads", None)
+    return cache, last[:, 0]
 
 
 def _draw_next(
