@@ -1,13 +1,17 @@
 """ParaGRU and ParaLSTM as linen modules (arXiv 2510.21450, section 3 and appendix)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxeff.recurrent import cells
-from jaxeff.recurrent.newton import METHODS, NewtonConfig, parallel_rnn
+from jaxeff.recurrent.newton import NewtonConfig, parallel_rnn, solved
+from pallas_kernels import fused_gru, fused_lstm
+
+METHODS = ("newton", "sequential", "fused")
 
 
 def small_normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -30,9 +34,14 @@ class _ParaCell(nn.Module):
       features: H.
       num_heads: blocks of the input projection; divides D and H.
       newton: how the states are solved for.
-      method: "newton", or "sequential" for a loop over time.
+      method: "newton"; "sequential", a loop over time; or "fused": the kernels `fused_gru` and
+        `fused_lstm`, which choose between the two and keep the states in `dtype`. They have no
+        resets, tolerance or fallback, and to ask for one is an error.
       recurrent_init: initialiser of `a` (and `peephole`).
       dtype: of the input projection and the outputs; the solver is float32 whatever it is.
+      implementation: of the kernels: None | "xla" | "mosaic_tpu" | "triton".
+      partitioned: the parameters carry logical axes: "heads" is H, and the heads of `b`, whose
+        second axis is "embed".
     """
 
     features: int
@@ -41,6 +50,102 @@ class _ParaCell(nn.Module):
     method: str = "newton"
     recurrent_init: Callable = small_normal
     dtype: jnp.dtype = jnp.float32
+    implementation: str | None = None
+    partitioned: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        h0: Any = None,
+        *,
+        reset: jax.Array | None = None,
+        return_carry: bool = False,
+        lengths: jax.Array | None = None,
+        return_info: bool = False,
+    ) -> Any:
+        """Runs the cell over a whole sequence; sows `solve_info` into "intermediates".
+
+        Args:
+          x: (B, T, D), floating.
+          h0: the state before the first step, like `initial_state`; None is that.
+          reset: bool (B, T): where it is true the state before that step is zero, as where a packed
+            document begins.
+          return_carry: also return the state after the last step.
+          lengths: int (B,): the steps each row really has, padding behind them; the state returned
+            is the one after those, `h0` where there is none. Only with `return_carry`.
+          return_info: also return the SolveInfo. That of "fused" has the residual of the states
+            returned, which are rounded to `dtype`, and the iterations asked for.
+
+        Returns:
+          the outputs (B, T, H) in `dtype`, or a tuple of them, the state (float32) and the
+          SolveInfo, as far as asked for.
+
+        Raises:
+          ValueError: for shapes, dtypes or arguments that do not fit one another, by name.
+        """
+        self._check(x, reset, lengths, return_carry)
+        first = self._stacked(self.initial_state(x.shape[0]) if h0 is None else h0)
+        u = self._project(x)
+        if self.method == "fused":
+            states, info = self._run_fused(u, first)
+        else:
+            states, info = parallel_rnn(
+                self._step,
+                self._recurrent(),
+                u,
+                first,
+                structure=self._structure,
+                newton=self.newton,
+                method=self.method,
+                jacobian_fn=self._jacobian,
+                reset=reset,
+            )
+        self.sow("intermediates", "solve_info", info)
+        results = [self._output(states)]
+        if return_carry:
+            results.append(self._unstacked(_last(states, first, lengths)))
+        if return_info:
+            results.append(info)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    @nn.compact
+    def step(self, state: Any, x_t: jax.Array) -> tuple[Any, jax.Array]:
+        """The next state and its output (B, H), from the state and `x_t` (B, D)."""
+        stacked = self._step(self._recurrent(), self._project(x_t), self._stacked(state))
+        return self._unstacked(stacked), self._output(stacked)
+
+    def _check(self, x, reset, lengths, return_carry):
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not one of {METHODS}")
+        if x.ndim != 3:
+            raise ValueError(f"x has shape {x.shape}, expected (B, T, D)")
+        if lengths is not None and not return_carry:
+            raise ValueError("lengths says which state to return, and needs return_carry=True")
+        if lengths is not None:
+            lengths = jnp.asarray(lengths)
+            integers = jnp.issubdtype(lengths.dtype, jnp.integer)
+            if lengths.shape != x.shape[:1] or not integers:
+                raise ValueError(
+                    f"lengths is {lengths.dtype} {lengths.shape}, expected integers {x.shape[:1]}"
+                )
+        if self.method != "fused":
+            return
+        if reset is not None:
+            raise ValueError("method='fused' has no reset inside a row; it needs reset=None")
+        if self.newton.tolerance > 0 or self.newton.fallback != "none":
+            raise ValueError(
+                f"method='fused' runs a fixed number of iterations, without tolerance="
+                f"{self.newton.tolerance} or fallback={self.newton.fallback!r}"
+            )
+
+    def _parameter(self, name, init, shape, axes):
+        if self.partitioned:
+            init = nn.with_logical_partitioning(init, axes)
+        return self.param(name, init, shape)
+
+    def _weights(self, name, rows):
+        return self._parameter(name, self.recurrent_init, (rows, self.features), (None, "heads"))
 
     def _project(self, x):
         """The inputs of the gates, (..., 3, H) float32, from `x` (..., D)."""
@@ -51,81 +156,85 @@ class _ParaCell(nn.Module):
             if heads < 1 or size % heads:
                 raise ValueError(f"{name}, {size}, is not divisible by num_heads={heads}")
         shape = (heads, width // heads, 3, self.features // heads)
-        b = self.param("b", _input_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (3, self.features))
+        b = self._parameter("b", _input_init, shape, ("heads", "embed", None, None))
+        bias = self._parameter("bias", nn.initializers.zeros, (3, self.features), (None, "heads"))
         x = x.astype(self.dtype).reshape(*x.shape[:-1], *shape[:2])
         u = jnp.einsum("...ki,kivj->...vkj", x, b.astype(self.dtype))
         return u.reshape(*u.shape[:-2], self.features).astype(jnp.float32) + bias
 
-    def _run(self, x, h0, step, jacobian, structure):
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is not one of {METHODS}")
-        if x.ndim != 3:
-            raise ValueError(f"x has shape {x.shape}, expected (B, T, D)")
-        u = self._project(x)
-        states, info = parallel_rnn(
-            step,
-            self._recurrent(),
-            u,
-            h0,
-            structure=structure,
-            newton=self.newton,
-            method=self.method,
-            jacobian_fn=jacobian,
-        )
-        self.sow("intermediates", "solve_info", info)
-        return states
+    def _run_fused(self, u, first):
+        weights = self._recurrent()
+        options = {
+            "num_iterations": self.newton.num_iterations,
+            "damping": self.newton.damping,
+            "implementation": self.implementation,
+        }
+        rounded = u.astype(self.dtype)
+        states = self._fused(rounded, weights, first, options).astype(jnp.float32)
+        info = solved(self._step, weights, rounded.astype(jnp.float32), first, states, self.newton)
+        return states, info
+
+
+def _last(states, first, lengths):
+    """The state after the last of each row's steps."""
+    if lengths is None:
+        return states[:, -1]
+    lengths = jnp.asarray(lengths).reshape(-1, *[1] * (states.ndim - 1))
+    last = jnp.take_along_axis(states, jnp.maximum(lengths - 1, 0), axis=1)[:, 0]
+    return jnp.where(lengths[:, 0] > 0, last, first)
 
 
 class ParaGRU(_ParaCell):
     """GRU with a diagonal recurrence; its state is (B, H) float32. See `_ParaCell`."""
 
-    def _recurrent(self):
-        return {"a": self.param("a", self.recurrent_init, (3, self.features))}
+    _step, _jacobian = staticmethod(cells.gru_step), staticmethod(cells.gru_jacobian)
+    _structure = "diagonal"
 
     def initial_state(self, batch: int) -> jax.Array:
         """Zeros (batch, H)."""
         return jnp.zeros((batch, self.features), jnp.float32)
 
-    @nn.compact
-    def __call__(self, x: jax.Array, h0: jax.Array | None = None) -> jax.Array:
-        """Outputs (B, T, H) for `x` (B, T, D); sows `solve_info` into "intermediates"."""
-        h0 = self.initial_state(x.shape[0]) if h0 is None else h0
-        states = self._run(x, h0, cells.gru_step, cells.gru_jacobian, "diagonal")
+    def _recurrent(self):
+        return {"a": self._weights("a", 3)}
+
+    def _stacked(self, state):
+        return state
+
+    def _unstacked(self, states):
+        return states
+
+    def _output(self, states):
         return states.astype(self.dtype)
 
-    @nn.compact
-    def step(self, state: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The next state and its output (B, H), from the state and `x_t` (B, D)."""
-        state = cells.gru_step(self._recurrent(), self._project(x_t), state)
-        return state, state.astype(self.dtype)
+    def _fused(self, u, weights, first, options):
+        return fused_gru(u, weights["a"], h0=first, **options)
 
 
 class ParaLSTM(_ParaCell):
     """LSTM with coupled gates and peepholes, `peephole` (2, H) in addition; its state is (c, h),
     two arrays (B, H) float32. See `_ParaCell`."""
 
-    def _recurrent(self):
-        return {
-            "a": self.param("a", self.recurrent_init, (3, self.features)),
-            "peephole": self.param("peephole", self.recurrent_init, (2, self.features)),
-        }
+    _step, _jacobian = staticmethod(cells.lstm_step), staticmethod(cells.lstm_jacobian)
+    _structure = "block"
 
     def initial_state(self, batch: int) -> tuple[jax.Array, jax.Array]:
         """Zeros, (batch, H) twice."""
         zeros = jnp.zeros((batch, self.features), jnp.float32)
         return zeros, zeros
 
-    @nn.compact
-    def __call__(self, x: jax.Array, h0: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-        """Outputs (B, T, H) for `x` (B, T, D); sows `solve_info` into "intermediates"."""
-        h0 = jnp.stack(self.initial_state(x.shape[0]) if h0 is None else h0, axis=1)
-        states = self._run(x, h0, cells.lstm_step, cells.lstm_jacobian, "block")
-        return states[:, :, 1].astype(self.dtype)
+    def _recurrent(self):
+        return {"a": self._weights("a", 3), "peephole": self._weights("peephole", 2)}
 
-    @nn.compact
-    def step(self, state: tuple[jax.Array, jax.Array], x_t: jax.Array):
-        """The next state and its output (B, H), from the state and `x_t` (B, D)."""
-        stacked = jnp.stack(state, axis=1)
-        stacked = cells.lstm_step(self._recurrent(), self._project(x_t), stacked)
-        return (stacked[:, 0], stacked[:, 1]), stacked[:, 1].astype(self.dtype)
+    def _stacked(self, state):
+        return jnp.stack(state, axis=-2)
+
+    def _unstacked(self, states):
+        return states[..., 0, :], states[..., 1, :]
+
+    def _output(self, states):
+        return states[..., 1, :].astype(self.dtype)
+
+    def _fused(self, u, weights, first, options):
+        state0 = self._unstacked(first)
+        c, h = fused_lstm(u, weights["a"], weights["peephole"], state0=state0, **options)
+        return jnp.stack([c, h], axis=2)

@@ -66,6 +66,7 @@ def parallel_rnn(
     newton: NewtonConfig = NewtonConfig(),
     method: str = "newton",
     jacobian_fn: Callable | None = None,
+    reset: jax.Array | None = None,
 ) -> tuple[jax.Array, SolveInfo]:
     """Runs h_t = step_fn(params, x_t, h_{t-1}) over all steps.
 
@@ -84,6 +85,8 @@ def parallel_rnn(
       method: "newton", or "sequential" for a loop over time.
       jacobian_fn: (params, x, before, after) -> Jacobians; None takes 1, m or H forward
         derivatives of `step_fn`. If it is given, both functions get whole sequences at once.
+      reset: bool (B, T): where it is true the state before that step is zero, whatever the steps
+        before it led to. Nothing, and no gradient, passes such a step.
 
     Returns:
       the states (B, T, H) or (B, T, m, H), float32 (float64 if an operand is), and the SolveInfo.
@@ -97,10 +100,12 @@ def parallel_rnn(
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {METHODS}")
     params, inputs, h0 = _checked(params, inputs, h0, structure)
-    cell = _Cell(step_fn, structure, jacobian_fn)
+    cell = _Cell(step_fn, structure, jacobian_fn, reset is not None)
     expected = jax.eval_shape(step_fn, params, jax.tree.map(lambda x: x[:, 0], inputs), h0)
     if getattr(expected, "shape", None) != h0.shape:
         raise ValueError(f"step_fn returns {expected}, expected one array of shape {h0.shape}")
+    if reset is not None:
+        inputs = inputs, _kept(reset, inputs, h0.dtype)
     if method == "newton":
         return _solve(cell, newton, params, inputs, h0)
     batch = h0.shape[0]
@@ -130,18 +135,39 @@ def _checked(params, inputs, h0, structure):
     return jax.tree.map(lambda x: x.astype(dtype), (params, inputs, h0))
 
 
+def _kept(reset, inputs, dtype):
+    reset = jnp.asarray(reset)
+    expected = jax.tree.leaves(inputs)[0].shape[:2]
+    if reset.dtype != jnp.bool_ or reset.shape != expected:
+        raise ValueError(f"reset is {reset.dtype} {reset.shape}, expected bool {expected}")
+    return jnp.where(reset, 0, 1).astype(dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Cell:
+    """A step and its Jacobian; with `resets` the inputs are pairs of x and what is kept, 0 or 1."""
+
     step_fn: Callable
     structure: str
     jacobian_fn: Callable | None
+    resets: bool = False
+
+    def step(self, params, inputs, before):
+        """One step, or all of them if `step_fn` takes whole sequences."""
+        if not self.resets:
+            return self.step_fn(params, inputs, before)
+        inputs, kept = inputs
+        return self.step_fn(params, inputs, _cut(kept, before))
 
     def steps(self, params, inputs, before):
         if self.jacobian_fn is not None:
-            return self.step_fn(params, inputs, before)
-        return jax.vmap(self.step_fn, in_axes=(None, 1, 1), out_axes=1)(params, inputs, before)
+            return self.step(params, inputs, before)
+        return jax.vmap(self.step, in_axes=(None, 1, 1), out_axes=1)(params, inputs, before)
 
     def jacobians(self, params, inputs, before, after):
+        if self.jacobian_fn is not None and self.resets:
+            inputs, kept = inputs
+            return _cut(kept, self.jacobian_fn(params, inputs, _cut(kept, before), after))
         if self.jacobian_fn is not None:
             return self.jacobian_fn(params, inputs, before, after)
 
@@ -157,13 +183,32 @@ class _Cell:
         return jax.vmap(along, out_axes=3)(jnp.eye(before.shape[2]))
 
 
+def solved(step_fn, params, inputs, h0, states, newton: NewtonConfig) -> SolveInfo:
+    """The SolveInfo of states found elsewhere by the iterations that `newton` asks for.
+
+    Arguments as for `parallel_rnn`; `step_fn` gets whole sequences.
+    """
+    params, inputs, h0, states = jax.lax.stop_gradient((params, inputs, h0, states))
+    residual = _size(step_fn(params, inputs, _shifted(states, h0)) - states)
+    return SolveInfo(residual, jnp.int32(newton.num_iterations), jnp.zeros(len(h0), bool))
+
+
+def _size(residual):
+    axes = tuple(range(1, residual.ndim))
+    return jnp.max(jnp.abs(residual), axis=axes).astype(jnp.float32)
+
+
+def _cut(kept, x):
+    return jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - kept.ndim)) > 0, x, 0)
+
+
 def _shifted(states, h0):
     return reference.shifted(states, h0, reverse=False)
 
 
 def _sequential(cell, params, inputs, h0):
     def step(h, x):
-        h = cell.step_fn(params, x, h).astype(h0.dtype)
+        h = cell.step(params, x, h).astype(h0.dtype)
         return h, h
 
     by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
@@ -175,9 +220,6 @@ def _solve(cell, newton, params, inputs, h0):
     def residual(h):
         return cell.steps(params, inputs, _shifted(h, h0)) - h
 
-    def size(r):
-        return jnp.max(jnp.abs(r), axis=tuple(range(1, r.ndim))).astype(jnp.float32)
-
     def iterate(carry):
         k, h, r = carry
         jacobians = cell.jacobians(params, inputs, _shifted(h, h0), h)
@@ -186,7 +228,7 @@ def _solve(cell, newton, params, inputs, h0):
 
     def unfinished(carry):
         k, _, r = carry
-        return (k < newton.num_iterations) & ~jnp.all(size(r) <= newton.tolerance)
+        return (k < newton.num_iterations) & ~jnp.all(_size(r) <= newton.tolerance)
 
     steps = jax.tree.leaves(inputs)[0].shape[1]
     zeros = jnp.zeros((h0.shape[0], steps, *h0.shape[1:]), h0.dtype)
@@ -197,7 +239,7 @@ def _solve(cell, newton, params, inputs, h0):
     else:
         carry = jax.lax.fori_loop(0, newton.num_iterations, lambda _, c: iterate(c), carry)
     iterations, h, r = carry
-    largest = size(r)
+    largest = _size(r)
     if newton.fallback == "none":
         return h, SolveInfo(largest, iterations, jnp.zeros(h.shape[0], bool))
     failed = ~(largest <= (newton.tolerance or _LARGEST_RESIDUAL))  # true for NaN

@@ -1,10 +1,12 @@
 """The linen modules: parameters, step by step against all at once, dtypes, clipping, refusals."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxeff.recurrent import NewtonConfig, ParaGRU, ParaLSTM, clip_recurrent
 
@@ -55,6 +57,97 @@ def test_a_bfloat16_model_solves_in_float32(cell):
     np.testing.assert_allclose(y.astype(jnp.float32), full.apply(variables, x), atol=1e-2)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_documents_in_one_row_are_as_if_run_apart(cell):
+    model = cell(6, num_heads=2)
+    x = jax.random.normal(jax.random.key(0), (2, 12, 4))
+    variables = model.init(jax.random.key(1), x)
+    state = jax.tree.map(lambda s: s + 0.3, model.initial_state(2))
+    reset = jnp.zeros((2, 12), bool).at[:, 5].set(True).at[0, 6].set(True)
+
+    def packed(variables, x, state):
+        y = model.apply(variables, x, state, reset=reset)
+        return jnp.sum(jnp.sin(y)), y
+
+    def apart(variables, x, state):
+        first = model.apply(variables, x[:, :5], state)
+        short = model.apply(variables, x[:1, 5:6])
+        long = model.apply(variables, x[:1, 6:])
+        other = model.apply(variables, x[1:, 5:])
+        rest = jnp.concatenate([jnp.concatenate([short, long], axis=1), other])
+        y = jnp.concatenate([first, rest], axis=1)
+        return jnp.sum(jnp.sin(y)), y
+
+    run = jax.jit(jax.grad(packed, (0, 1, 2), has_aux=True))
+    grads, y = run(variables, x, state)
+    graded = jax.jit(jax.grad(apart, (0, 1, 2), has_aux=True))
+    expected_grads, expected = graded(variables, x, state)
+    sequential = model.clone(method="sequential").apply(variables, x, state, reset=reset)
+    np.testing.assert_allclose(sequential, expected, atol=1e-5)
+    for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(g, e, atol=1e-4 * np.abs(e).max())
+    # What follows a beginning does not hear of what came before it, to the last bit.
+    moved = run(variables, x.at[:, :5].add(1.0), state)[1]
+    np.testing.assert_array_equal(moved[:, 5:], y[:, 5:])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("method", ["newton", "fused"])
+@pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+def test_a_prompt_at_once_and_then_step_by_step_is_the_whole(cell, method, dtype, atol):
+    model = cell(6, num_heads=2, method=method, dtype=dtype)
+    x = jax.random.normal(jax.random.key(0), (3, 12, 4))
+    variables = model.init(jax.random.key(1), x)
+    y = model.clone(method="sequential").apply(variables, x).astype(jnp.float32)
+    lengths = jnp.array([0, 4, 9])
+    start = jax.tree.map(jnp.copy, model.initial_state(3))
+    out, state, info = model.apply(
+        variables, x[:, :9], start, return_carry=True, lengths=lengths, return_info=True
+    )
+    assert out.dtype == dtype and all(s.dtype == jnp.float32 for s in jax.tree.leaves(state))
+    assert info.residual.max() <= (1e-4 if dtype == jnp.float32 or method != "fused" else 1e-2)
+    step = jax.jit(lambda state, x_t: model.apply(variables, state, x_t, method="step"))
+    for t in range(3):
+        state, out = step(state, jnp.stack([x[row, n + t] for row, n in enumerate(lengths)]))
+        expected = jnp.stack([y[row, n + t] for row, n in enumerate(lengths)])
+        np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=atol)
+    _, whole = model.apply(variables, x, return_carry=True)
+    _, to_the_end = model.apply(variables, x, return_carry=True, lengths=jnp.full(3, 12))
+    jax.tree.map(np.testing.assert_array_equal, whole, to_the_end)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_fused_kernels_compute_the_same_layer(cell):
+    x = jax.random.normal(jax.random.key(0), (2, 20, 4))
+    model = cell(6, num_heads=2)
+    variables = model.init(jax.random.key(1), x)
+    state = jax.tree.map(lambda s: s + 0.3, model.initial_state(2))
+
+    def loss(variables, state, method):
+        y = model.clone(method=method).apply(variables, x, state)
+        return jnp.sum(jnp.sin(y)), y
+
+    run = jax.jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
+    (grads, y), (expected_grads, expected) = (
+        run(variables, state, method) for method in ("fused", "sequential")
+    )
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(g, e, atol=1e-4 * np.abs(e).max())
+
+
+def test_partitioned_parameters_carry_their_axes():
+    model = ParaLSTM(6, num_heads=2, partitioned=True)
+    x = jnp.ones((1, 3, 4))
+    boxed = model.init(jax.random.key(0), x)
+    axes = nn.get_partition_spec(boxed)["params"]
+    assert axes["a"] == axes["bias"] == axes["peephole"] == PartitionSpec(None, "heads")
+    assert axes["b"] == PartitionSpec("heads", "embed", None, None)
+    plain = model.clone(partitioned=False).init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, nn.unbox(boxed), plain)
+    np.testing.assert_array_equal(model.apply(boxed, x), model.apply(plain, x))
+
+
 def test_clipping_lands_in_the_interval_and_leaves_other_weights_alone():
     params = {"cell": {"a": jnp.array([0.4, -0.4]), "b": jnp.array([0.4])}}
     optimizer = optax.chain(optax.sgd(1.0), clip_recurrent(0.5))
@@ -74,7 +167,12 @@ def test_clipping_lands_in_the_interval_and_leaves_other_weights_alone():
     [
         (ParaGRU(6, num_heads=4), jnp.ones((1, 2, 8)), "features"),
         (ParaLSTM(6, num_heads=3), jnp.ones((1, 2, 8)), "width of x"),
-        (ParaGRU(6, method="fused"), jnp.ones((1, 2, 8)), "method"),
+        (ParaGRU(6, method="fast"), jnp.ones((1, 2, 8)), "method"),
+        (
+            ParaGRU(6, newton=NewtonConfig(tolerance=1e-3), method="fused"),
+            jnp.ones((1, 2, 8)),
+            "tolerance",
+        ),
         (ParaGRU(6), jnp.ones((1, 2, 8), int), "dtype"),
         (ParaGRU(6), jnp.ones((1, 8)), "x has shape"),
         (ParaLSTM(6), jnp.ones((1, 0, 8)), "T = 0"),
@@ -83,3 +181,20 @@ def test_clipping_lands_in_the_interval_and_leaves_other_weights_alone():
 def test_bad_arguments_are_refused_by_name(model, x, message):
     with pytest.raises(ValueError, match=message):
         model.init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({}, {"lengths": jnp.ones(1, int)}, "return_carry"),
+        ({}, {"lengths": jnp.ones(2, int), "return_carry": True}, "lengths"),
+        ({}, {"lengths": jnp.ones(1), "return_carry": True}, "lengths"),
+        ({}, {"reset": jnp.zeros((1, 3), bool)}, "reset"),
+        ({}, {"reset": jnp.zeros((1, 2))}, "reset"),
+        ({"method": "fused"}, {"reset": jnp.zeros((1, 2), bool)}, "reset"),
+        ({"method": "fused", "newton": NewtonConfig(fallback="sequential")}, {}, "fallback"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_by_name(options, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ParaGRU(6, **options).init(jax.random.key(0), jnp.ones((1, 2, 8)), **arguments)
