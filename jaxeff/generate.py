@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from jaxeff.language import (
-    DecoderConfig,
+    Decoder,
     SamplingConfig,
     StreamDecoder,
     TensorMismatchError,
@@ -35,6 +35,7 @@ from jaxeff.language import (
     load_tokenizer,
     pad_prompts,
 )
+from jaxeff.tasks.experiment import task_module
 from jaxeff.training import CheckpointError, ConfigError, restore_params
 from jaxeff.training.config import build
 
@@ -44,20 +45,27 @@ PREFILL_CHUNK = 512  # bounds the memory of the attention scores of a long promp
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder that is ready to continue text.
+    """A language model that is ready to continue text.
 
     Attributes:
-      config, params: of the decoder.
+      config, params: of the model.
       tokenizer: the one it was trained with.
       eos_ids: tokens that end a text.
       add_bos: whether its texts began with the bos token.
+      module: the model; None is the decoder of the config.
     """
 
-    config: DecoderConfig
+    config: Any
     params: Any
     tokenizer: Tokenizer
     eos_ids: tuple[int, ...]
     add_bos: bool
+    module: Any = None
+
+    @property
+    def longest(self) -> int | None:
+        """Positions that it was made for; None where there is no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +106,16 @@ def load_run(
     run = json.loads(file.read_text("utf-8"))
     if not run.get("model") or not run.get("data"):
         raise ConfigError(f"{file} describes no language model (task {run.get('task')!r})")
-    config = build(DecoderConfig, run["model"], "config.model")
+    task = task_module(run["task"])
+    config = build(task.MODEL, run["model"], "config.model")
     loaded = load_tokenizer(tokenizer or run["data"].get("tokenizer", "bytes"))
     params = restore_params(workdir, step)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     eos_ids = () if loaded.eos_id is None else (loaded.eos_id,)
-    return Model(config, params, loaded, eos_ids, add_bos=loaded.bos_id is not None)
+    add_bos, make_model = loaded.bos_id is not None, getattr(task, "make_model", Decoder)
+    return Model(config, params, loaded, eos_ids, add_bos, make_model(config))
 
 
 def load_checkpoint(
@@ -146,14 +156,15 @@ def encode_prompts(model: Model, prompts: Sequence[str]) -> tuple[np.ndarray, np
       ValueError: a prompt without tokens, or with more than the model has positions for.
     """
     encoded = [model.tokenizer.encode(prompt, add_bos=model.add_bos) for prompt in prompts]
-    longest = model.config.max_position_embeddings
     for number, ids in enumerate(encoded, 1):
         if not len(ids):
             raise ValueError(f"prompt {number} is empty and the tokenizer has no bos token")
-        if len(ids) > longest and model.config.rope.rope_type != "dynamic":
+        if model.longest is None or model.config.rope.rope_type == "dynamic":
+            continue
+        if len(ids) > model.longest:
             raise ValueError(
                 f"prompt {number} has {len(ids)} tokens, more than the model's "
-                f"max_position_embeddings={longest}"
+                f"max_position_embeddings={model.longest}"
             )
     return pad_prompts(encoded, pad_id=model.tokenizer.pad_id)
 
@@ -197,6 +208,7 @@ def _options(model: Model, settings: Settings) -> dict[str, Any]:
         "eos_ids": model.eos_ids,
         "pad_id": model.tokenizer.pad_id,
         "prefill_chunk": PREFILL_CHUNK,
+        "decoder": model.module,
     }
 
 
@@ -299,10 +311,10 @@ def run(flags: argparse.Namespace) -> None:
 
 def _warn_of_long_texts(model: Model, prompts: Sequence[str], settings: Settings) -> None:
     longest = max(encode_prompts(model, prompts)[1]) + settings.max_new_tokens
-    if longest > model.config.max_position_embeddings:
+    if model.longest is not None and longest > model.longest:
         print(
             f"note: texts of up to {longest} tokens go beyond the model's "
-            f"max_position_embeddings={model.config.max_position_embeddings}",
+            f"max_position_embeddings={model.longest}",
             file=sys.stderr,
         )
 

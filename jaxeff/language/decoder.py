@@ -280,7 +280,7 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def init_cache(self, batch: int, capacity: int, dtype=None) -> KVCache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens, sharded as it is used."""
+        """An empty cache for `batch` texts of up to `capacity` tokens, sharded as it is used."""
         cache = init_cache(self.config, batch, capacity, dtype)
         axes = (None, "act_batch", None, "act_kv_heads", None)
         return cache.replace(k=constrain(cache.k, *axes), v=constrain(cache.v, *axes))

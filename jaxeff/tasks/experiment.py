@@ -27,6 +27,7 @@ from jaxeff.training.loop import Trainer
 # sections `model`, `data` and `options`) and `make_task(experiment)`.
 TASKS = {
     "language_model": "jaxeff.tasks.language_model",
+    "recurrent_language_model": "jaxeff.tasks.recurrent_language_model",
     "sequence_reward": "jaxeff.tasks.sequence_reward",
 }
 

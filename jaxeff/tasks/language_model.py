@@ -91,6 +91,11 @@ def make_task(experiment: Experiment) -> LanguageModelTask:
     )
 
 
+def make_model(config: DecoderConfig) -> Decoder:
+    """Returns the module of a model section."""
+    return Decoder(config)
+
+
 @contextlib.contextmanager
 def _data_settings():
     """Reports what the data room refuses as a mistake in the config."""
@@ -126,6 +131,7 @@ class LanguageModelTask:
     """
 
     unit = "tokens"
+    make_model = staticmethod(make_model)
 
     def __init__(
         self,
@@ -136,7 +142,7 @@ class LanguageModelTask:
         seed: int = 0,
     ):
         self.model, self.data, self.options = model, data, options or LanguageModelOptions()
-        self.decoder = Decoder(model)
+        self.decoder = self.make_model(model)
         self._seed = seed
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -341,6 +347,7 @@ class LanguageModelTask:
             sampling=SamplingConfig(temperature=options.sample_temperature),
             key=jax.random.key(self._seed),
             eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+            decoder=self.decoder,
         )
         length = int(output.lengths[0])
         return options.sample_prompt + tokenizer.decode(output.tokens[0, :length].tolist())

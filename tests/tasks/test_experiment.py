@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from jaxeff.language import DecoderConfig
 from jaxeff.tasks import load_experiment, make_task
-from jaxeff.tasks.experiment import build_experiment, shipped_configs
+from jaxeff.tasks.experiment import build_experiment, shipped_configs, task_module
 from jaxeff.training import ConfigError
 
 LANGUAGE_MODELS = ("lm_stdlib", "lm_moe", "lm_1b", "lm_8b")
-CONFIGS = (*LANGUAGE_MODELS, "bleu_translate")
+RECURRENT = ("pararnn_stdlib", "pararnn_7b")
+CONFIGS = (*LANGUAGE_MODELS, *RECURRENT, "bleu_translate")
 
 
 def test_every_shipped_config_is_known_here_and_says_what_it_is():
@@ -22,12 +22,13 @@ def test_every_shipped_config_is_known_here_and_says_what_it_is():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_config_resolves_and_survives_json(name):
     experiment = load_experiment(name)
-    assert experiment.name == name and isinstance(experiment.model, DecoderConfig)
+    model_type = task_module(experiment.task).MODEL
+    assert experiment.name == name and isinstance(experiment.model, model_type)
     values = json.loads(json.dumps(experiment.to_dict()))
     assert build_experiment(name, values) == experiment
     spec = make_task(experiment).batch_spec()
     assert all(x.shape[0] == experiment.data.batch_size for x in spec.values())
-    if name in LANGUAGE_MODELS:
+    if name in LANGUAGE_MODELS + RECURRENT:
         assert spec["tokens"].shape == (experiment.data.batch_size, experiment.data.seq_len)
 
 
