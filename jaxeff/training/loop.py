@@ -111,7 +111,8 @@ class Trainer:
         self.mesh = make_mesh(mesh or MeshConfig(), devices)
         sizes = task.logical_sizes() if hasattr(task, "logical_sizes") else {}
         self.rules = fit_rules(self.mesh, sizes)
-        self.optimizer = make_optimizer(optimizer, getattr(task, "param_labels", None))
+        final = task.final_transform() if hasattr(task, "final_transform") else None
+        self.optimizer = make_optimizer(optimizer, getattr(task, "param_labels", None), final)
         self.controller = controller or ScheduleController(
             make_schedule(optimizer, self.training.num_steps)
         )

@@ -75,7 +75,9 @@ def _stable_then_decay(
 
 
 def make_optimizer(
-    config: OptimizerConfig, matrices: Any | None = None
+    config: OptimizerConfig,
+    matrices: Any | None = None,
+    final: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the optimiser of ``config``; its ``update`` takes ``learning_rate=``.
 
@@ -83,6 +85,8 @@ def make_optimizer(
       config: names and constants.
       matrices: for ``muon``: a tree of labels like the parameters, or a function of the
         parameters that returns one, ``"matrix"`` where Muon applies. Required for ``muon``.
+      final: what changes the updates last of all, learning rate and weight decay included, such as
+        a projection of the new parameters; its state is part of the optimiser's.
     """
     steps = []
     if config.max_grad_norm is not None:
@@ -101,6 +105,8 @@ def make_optimizer(
     if config.weight_decay:
         steps.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
     steps.append(scale_by_learning_rate_argument())
+    if final is not None:
+        steps.append(final)
     return optax.with_extra_args_support(optax.chain(*steps))
 
 

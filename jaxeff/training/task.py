@@ -63,6 +63,9 @@ class Task(Protocol):
       traced rates and tables); called while the step is traced;
     * ``param_labels(params) -> tree``: a label for each parameter, for optimisers that treat
       groups of parameters differently;
+    * ``final_transform() -> optax.GradientTransformationExtraArgs or None``: what changes the
+      optimiser's updates last, after learning rate and weight decay, such as a bound that
+      parameters must keep;
     * ``logical_sizes() -> dict``: sizes of logical axes that a mesh axis must divide;
     * ``flops_per_step() -> float``: model flops of one step, for model flops utilisation;
     * ``initial_params(shardings) -> params or None``: parameters a new run starts from instead of

@@ -7,6 +7,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from toy import RegressionTask
 
@@ -278,6 +279,33 @@ def test_too_little_disk_space_is_refused_before_training(tmp_path, monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(CheckpointError, match="checkpoints need up to"):
         make_trainer().fit(tmp_path)
+
+
+def test_a_tasks_final_transformation_bounds_the_parameters_of_every_step(tmp_path):
+    class Bounded(RegressionTask):
+        def final_transform(self):
+            def update(updates, state, params):
+                return jax.tree.map(
+                    lambda u, p: jnp.clip(p + u, -0.2, 0.2) - p, updates, params
+                ), state
+
+            return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+    free = make_trainer(steps=12, checkpoint={"every": 6}).fit(tmp_path / "free")
+    assert max(np.abs(x).max() for x in leaves(free.state.params)) > 0.5
+    make_trainer(Bounded(), steps=6, checkpoint={"every": 6}).fit(tmp_path / "bounded")
+    bounded = make_trainer(Bounded(), steps=12, checkpoint={"every": 6}).fit(tmp_path / "bounded")
+    assert max(np.abs(x).max() for x in leaves(bounded.state.params)) <= 0.2 + 1e-7
+
+
+def test_a_task_may_leave_the_optimizer_as_it_is(tmp_path):
+    class Unbounded(RegressionTask):
+        def final_transform(self):
+            return None
+
+    plain = make_trainer(steps=5).fit(tmp_path / "plain")
+    same = make_trainer(Unbounded(), steps=5).fit(tmp_path / "same")
+    assert_bit_equal(plain.state, same.state)
 
 
 def test_a_profiler_window_is_written(tmp_path):

@@ -67,6 +67,18 @@ def test_clipping_bounds_the_global_norm():
     assert float(optax.tree.norm(updates)) == pytest.approx(0.5, rel=1e-5)
 
 
+def test_the_final_transformation_comes_after_learning_rate_and_decay():
+    def update(updates, state, params):
+        return jax.tree.map(lambda u, p: jnp.full_like(p, 7) - p, updates, params), state + 1
+
+    final = optax.GradientTransformation(lambda params: jnp.int32(0), update)
+    optimizer, tree = make_optimizer(OptimizerConfig(weight_decay=0.1), final=final), params()
+    updates, state = optimizer.update(tree, optimizer.init(tree), tree, learning_rate=0.3)
+    for x in jax.tree.leaves(optax.apply_updates(tree, updates)):
+        np.testing.assert_allclose(x, 7, rtol=1e-6)
+    assert int(state[-1]) == 1
+
+
 def test_decay_spares_gains_and_biases():
     assert decay_mask(params()) == {
         "layers": {"proj": {"kernel": True}},
