@@ -56,7 +56,7 @@ def run(config_file, tmp_path_factory):
 
 
 def test_a_short_run_learns_and_its_states_are_solved_for(run):
-    experiment, task, result, workdir = run
+    _, task, result, workdir = run
     # 259 equally likely symbols cost 8.02 bits.
     assert result.evaluation["bits_per_byte"] < 3.5
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
