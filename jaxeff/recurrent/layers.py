@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxeff.recurrent import cells
+from jaxeff.recurrent import cells, time_axis
 from jaxeff.recurrent.newton import NewtonConfig, parallel_rnn, solved
 from pallas_kernels import fused_gru, fused_lstm
 
@@ -40,6 +40,7 @@ class _ParaCell(nn.Module):
       recurrent_init: initialiser of `a` (and `peephole`).
       dtype: of the input projection and the outputs; the solver is float32 whatever it is.
       implementation: of the kernels: None | "xla" | "mosaic_tpu" | "triton".
+      axis_name: mesh axis over which T is split, for calls inside a `shard_map`; not with "fused".
       partitioned: the parameters carry logical axes: "heads" is H, and the heads of `b`, whose
         second axis is "embed".
     """
@@ -51,6 +52,7 @@ class _ParaCell(nn.Module):
     recurrent_init: Callable = small_normal
     dtype: jnp.dtype = jnp.float32
     implementation: str | None = None
+    axis_name: str | None = None
     partitioned: bool = False
 
     @nn.compact
@@ -73,7 +75,8 @@ class _ParaCell(nn.Module):
             document begins.
           return_carry: also return the state after the last step.
           lengths: int (B,): the steps each row really has, padding behind them; the state returned
-            is the one after those, `h0` where there is none. Only with `return_carry`.
+            is the one after those, `h0` where there is none. Only with `return_carry`. With
+            `axis_name` they count the steps of all devices, and all get the state.
           return_info: also return the SolveInfo. That of "fused" has the residual of the states
             returned, which are rounded to `dtype`, and the iterations asked for.
 
@@ -100,11 +103,12 @@ class _ParaCell(nn.Module):
                 method=self.method,
                 jacobian_fn=self._jacobian,
                 reset=reset,
+                axis_name=self.axis_name,
             )
         self.sow("intermediates", "solve_info", info)
         results = [self._output(states)]
         if return_carry:
-            results.append(self._unstacked(_last(states, first, lengths)))
+            results.append(self._unstacked(time_axis.after(states, first, lengths, self.axis_name)))
         if return_info:
             results.append(info)
         return results[0] if len(results) == 1 else tuple(results)
@@ -123,7 +127,6 @@ class _ParaCell(nn.Module):
         if lengths is not None and not return_carry:
             raise ValueError("lengths says which state to return, and needs return_carry=True")
         if lengths is not None:
-            lengths = jnp.asarray(lengths)
             integers = jnp.issubdtype(lengths.dtype, jnp.integer)
             if lengths.shape != x.shape[:1] or not integers:
                 raise ValueError(
@@ -133,6 +136,8 @@ class _ParaCell(nn.Module):
             return
         if reset is not None:
             raise ValueError("method='fused' has no reset inside a row; it needs reset=None")
+        if self.axis_name is not None:
+            raise ValueError(f"method='fused' cannot split time over axis_name={self.axis_name!r}")
         if self.newton.tolerance > 0 or self.newton.fallback != "none":
             raise ValueError(
                 f"method='fused' runs a fixed number of iterations, without tolerance="
@@ -173,15 +178,6 @@ class _ParaCell(nn.Module):
         states = self._fused(rounded, weights, first, options).astype(jnp.float32)
         info = solved(self._step, weights, rounded.astype(jnp.float32), first, states, self.newton)
         return states, info
-
-
-def _last(states, first, lengths):
-    """The state after the last of each row's steps."""
-    if lengths is None:
-        return states[:, -1]
-    lengths = jnp.asarray(lengths).reshape(-1, *[1] * (states.ndim - 1))
-    last = jnp.take_along_axis(states, jnp.maximum(lengths - 1, 0), axis=1)[:, 0]
-    return jnp.where(lengths[:, 0] > 0, last, first)
 
 
 class ParaGRU(_ParaCell):

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import linear_recurrence
-from pallas_kernels.linear_recurrence import reference
+from jaxeff.recurrent import time_axis
+from pallas_kernels.linear_recurrence import reference, sharded
 
 STRUCTURES = ("diagonal", "block", "dense")
 METHODS = ("newton", "sequential")
@@ -67,6 +67,7 @@ def parallel_rnn(
     method: str = "newton",
     jacobian_fn: Callable | None = None,
     reset: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, SolveInfo]:
     """Runs h_t = step_fn(params, x_t, h_{t-1}) over all steps.
 
@@ -87,6 +88,10 @@ def parallel_rnn(
         derivatives of `step_fn`. If it is given, both functions get whole sequences at once.
       reset: bool (B, T): where it is true the state before that step is zero, whatever the steps
         before it led to. Nothing, and no gradient, passes such a step.
+      axis_name: of the mesh axis over which time is split, inside a `shard_map`: `inputs`, `reset`
+        and the states are the device's own steps, as many on each, and `h0` is the same on all.
+        Only what one step hands to the next travels, and the totals of the linear recurrences. A
+        loop over time ("sequential", and the fallback) runs the devices one after the other.
 
     Returns:
       the states (B, T, H) or (B, T, m, H), float32 (float64 if an operand is), and the SolveInfo.
@@ -106,11 +111,14 @@ def parallel_rnn(
         raise ValueError(f"step_fn returns {expected}, expected one array of shape {h0.shape}")
     if reset is not None:
         inputs = inputs, _kept(reset, inputs, h0.dtype)
+    leaves, tree = jax.tree.flatten((params, inputs, h0))
+    leaves = sharded.varying_alike(*leaves, axis_name=axis_name)
+    params, inputs, h0 = jax.tree.unflatten(tree, leaves)
     if method == "newton":
-        return _solve(cell, newton, params, inputs, h0)
+        return _solve(cell, newton, axis_name, params, inputs, h0)
     batch = h0.shape[0]
     info = SolveInfo(jnp.zeros(batch), jnp.int32(0), jnp.zeros(batch, bool))
-    return _sequential(cell, params, inputs, h0), info
+    return _sequential(cell, axis_name, params, inputs, h0), info
 
 
 def _checked(params, inputs, h0, structure):
@@ -189,84 +197,95 @@ def solved(step_fn, params, inputs, h0, states, newton: NewtonConfig) -> SolveIn
     Arguments as for `parallel_rnn`; `step_fn` gets whole sequences.
     """
     params, inputs, h0, states = jax.lax.stop_gradient((params, inputs, h0, states))
-    residual = _size(step_fn(params, inputs, _shifted(states, h0)) - states)
-    return SolveInfo(residual, jnp.int32(newton.num_iterations), jnp.zeros(len(h0), bool))
-
-
-def _size(residual):
-    axes = tuple(range(1, residual.ndim))
-    return jnp.max(jnp.abs(residual), axis=axes).astype(jnp.float32)
+    residual = step_fn(params, inputs, time_axis.before(states, h0, None)) - states
+    info = time_axis.largest(residual, None), jnp.int32(newton.num_iterations)
+    return SolveInfo(*info, jnp.zeros(len(h0), bool))
 
 
 def _cut(kept, x):
     return jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - kept.ndim)) > 0, x, 0)
 
 
-def _shifted(states, h0):
-    return reference.shifted(states, h0, reverse=False)
+def _sequential(cell, axis_name, params, inputs, h0):
+    by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
 
-
-def _sequential(cell, params, inputs, h0):
     def step(h, x):
         h = cell.step(params, x, h).astype(h0.dtype)
         return h, h
 
-    by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
-    return jnp.moveaxis(jax.lax.scan(step, h0, by_time)[1], 0, 1)
+    def run(first):
+        return jnp.moveaxis(jax.lax.scan(step, first, by_time)[1], 0, 1)
+
+    return time_axis.in_turn(run, h0, axis_name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _solve(cell, newton, params, inputs, h0):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _solve(cell, newton, axis_name, params, inputs, h0):
     def residual(h):
-        return cell.steps(params, inputs, _shifted(h, h0)) - h
+        return cell.steps(params, inputs, time_axis.before(h, h0, axis_name)) - h
 
-    def iterate(carry):
-        k, h, r = carry
-        jacobians = cell.jacobians(params, inputs, _shifted(h, h0), h)
-        h = h + newton.damping * linear_recurrence(jacobians, r)
-        return k + 1, h, residual(h)
-
-    def unfinished(carry):
-        k, _, r = carry
-        return (k < newton.num_iterations) & ~jnp.all(_size(r) <= newton.tolerance)
+    def iterate(h, r):
+        jacobians = cell.jacobians(params, inputs, time_axis.before(h, h0, axis_name), h)
+        h = h + newton.damping * time_axis.recurrence(jacobians, r, axis_name)
+        return h, residual(h)
 
     steps = jax.tree.leaves(inputs)[0].shape[1]
-    zeros = jnp.zeros((h0.shape[0], steps, *h0.shape[1:]), h0.dtype)
-    h = cell.steps(params, inputs, _shifted(zeros, h0))
-    carry = (jnp.int32(0), h, residual(h))
-    if newton.tolerance > 0:
-        carry = jax.lax.while_loop(unfinished, iterate, carry)
-    else:
-        carry = jax.lax.fori_loop(0, newton.num_iterations, lambda _, c: iterate(c), carry)
-    iterations, h, r = carry
-    largest = _size(r)
+    guess = jnp.broadcast_to(h0[:, None], (h0.shape[0], steps, *h0.shape[1:]))
+    h = cell.steps(params, inputs, time_axis.before(jnp.zeros_like(guess), h0, axis_name))
+    iterations, h, r = _iterate(iterate, newton, h, residual(h), axis_name)
+    largest = time_axis.largest(r, axis_name)
     if newton.fallback == "none":
         return h, SolveInfo(largest, iterations, jnp.zeros(h.shape[0], bool))
     failed = ~(largest <= (newton.tolerance or _LARGEST_RESIDUAL))  # true for NaN
 
     def replaced(h):
         rows = failed.reshape(-1, *[1] * (h.ndim - 1))
-        return jnp.where(rows, _sequential(cell, params, inputs, h0), h)
+        return jnp.where(rows, _sequential(cell, axis_name, params, inputs, h0), h)
 
-    h = jax.lax.cond(jnp.any(failed), replaced, lambda h: h, h)
+    h = jax.lax.cond(time_axis.anywhere(jnp.any(failed), h, axis_name), replaced, lambda h: h, h)
     return h, SolveInfo(largest, iterations, failed)
 
 
-def _forward(cell, newton, params, inputs, h0):
-    h, info = _solve(cell, newton, params, inputs, h0)
+def _iterate(iterate, newton, h, r, axis_name):
+    """As many iterations as `newton` says, from states and residuals; their number first."""
+    most = jnp.int32(newton.num_iterations)
+    if newton.tolerance == 0:
+        h, r = jax.lax.fori_loop(0, newton.num_iterations, lambda _, c: iterate(*c), (h, r))
+        return most, h, r
+
+    def unfinished(k, r):
+        large = ~jnp.all(time_axis.largest(r, axis_name) <= newton.tolerance)  # true for NaN
+        return (k < most) & time_axis.anywhere(large, r, axis_name)
+
+    def body(carry):
+        _, k, h, r = carry
+        h, r = iterate(h, r)
+        return unfinished(k + 1, r), k + 1, h, r
+
+    # Apart, the devices of a `shard_map` need not run as many.
+    first = jnp.int32(0) if axis_name else sharded.varying_alike(jnp.int32(0), r)[0]
+    carry = jax.lax.while_loop(lambda c: c[0], body, (unfinished(first, r), first, h, r))
+    return carry[1:]
+
+
+def _forward(cell, newton, axis_name, params, inputs, h0):
+    h, info = _solve(cell, newton, axis_name, params, inputs, h0)
     return (h, info), (params, inputs, h0, h)
 
 
-def _backward(cell, newton, saved, cotangents):
+def _backward(cell, newton, axis_name, saved, cotangents):
     params, inputs, h0, h = saved
-    before = _shifted(h, h0)
+    before = time_axis.before(h, h0, axis_name)
     jacobians = cell.jacobians(params, inputs, before, h)
     jacobians = reference.transposed(jacobians, jacobians.ndim)
-    following = jnp.concatenate([jacobians[:, 1:], jnp.zeros_like(jacobians[:, :1])], axis=1)
-    adjoint = linear_recurrence(following, cotangents[0], reverse=True)
+    following = time_axis.behind(jacobians, axis_name)
+    adjoint = time_axis.recurrence(following, cotangents[0], axis_name, reverse=True)
     _, pull = jax.vjp(cell.steps, params, inputs, before)
     grad_params, grad_inputs, grad_before = pull(adjoint)
-    return grad_params, grad_inputs, grad_before[:, 0]
+    grad_h0 = grad_before[:, 0]
+    if axis_name is not None:
+        grad_h0 = jnp.where(jax.lax.axis_index(axis_name) == 0, grad_h0, 0)
+    return grad_params, grad_inputs, grad_h0
 
 
 _solve.defvjp(_forward, _backward)

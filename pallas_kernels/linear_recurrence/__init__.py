@@ -67,7 +67,7 @@ def linear_recurrence(
     if implementation == "xla" and method == "auto":
         method = _faster_method(a)
     run = _runner(implementation, method, block_sizes)
-    return _recurrence(run, bool(reverse), *_varying_alike(a, b, h0))
+    return _recurrence(run, bool(reverse), *sharded.varying_alike(a, b, h0))
 
 
 def sharded_linear_recurrence(
@@ -101,7 +101,7 @@ def sharded_linear_recurrence(
       ValueError, NotImplementedError: as `linear_recurrence`.
       NameError: outside of a `shard_map` over `axis_name`.
     """
-    a, b, h0 = _varying_alike(*_checked(a, b, h0))
+    a, b, h0 = sharded.varying_alike(*_checked(a, b, h0))
     start = sharded.carried_in(a, b, h0, axis_name, reverse=reverse)
     return linear_recurrence(
         a,
@@ -146,16 +146,6 @@ def _checked(a, b, h0):
     if h0.shape != state_shape:
         raise ValueError(f"h0 has shape {h0.shape}, expected {state_shape}")
     return a, b, h0.astype(dtype)
-
-
-def _varying_alike(*arrays):
-    """Inside a `shard_map`, marks all arrays as varying over the axes that any of them does."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    union = frozenset().union(*varying)
-    return [
-        jax.lax.pcast(x, tuple(sorted(union - own)), to="varying") if union - own else x
-        for x, own in zip(arrays, varying, strict=True)
-    ]
 
 
 def _refusals(a, b, method, named):
@@ -231,7 +221,7 @@ def _backward(run, reverse, saved, g):
     rank, dtype = a.ndim, h0.dtype
     first = -1 if reverse else 0
     # The gradient of each state goes on through the step that runs next: the other direction.
-    a, g, zeros = _varying_alike(a, g, jnp.zeros(h0.shape, dtype))
+    a, g, zeros = sharded.varying_alike(a, g, jnp.zeros(h0.shape, dtype))
     grad_b = run(a, g, zeros, reverse=not reverse, adjoint=True)
     before = reference.shifted(h, h0, reverse=reverse)
     grad_a = reference.outer(grad_b.astype(dtype), before.astype(dtype), rank).astype(a.dtype)

@@ -7,6 +7,20 @@ from jax import lax
 from pallas_kernels.linear_recurrence import reference
 
 
+def varying_alike(*arrays: jax.Array, axis_name: str | None = None) -> list[jax.Array]:
+    """Inside a `shard_map`, marks all arrays as varying over the axes that any of them does.
+
+    With `axis_name`, over that axis too. The gradient of an array that was the same on the devices
+    of an axis is thereby summed over them.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = frozenset().union(*varying, () if axis_name is None else (axis_name,))
+    return [
+        lax.pcast(x, tuple(sorted(union - own)), to="varying") if union - own else x
+        for x, own in zip(arrays, varying, strict=True)
+    ]
+
+
 def carried_in(
     a: jax.Array, b: jax.Array, h0: jax.Array, axis_name: str, *, reverse: bool = False
 ) -> jax.Array:

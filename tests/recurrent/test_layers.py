@@ -192,6 +192,7 @@ def test_bad_arguments_are_refused_by_name(model, x, message):
         ({}, {"reset": jnp.zeros((1, 3), bool)}, "reset"),
         ({}, {"reset": jnp.zeros((1, 2))}, "reset"),
         ({"method": "fused"}, {"reset": jnp.zeros((1, 2), bool)}, "reset"),
+        ({"method": "fused", "axis_name": "time"}, {}, "axis_name"),
         ({"method": "fused", "newton": NewtonConfig(fallback="sequential")}, {}, "fallback"),
     ],
 )
