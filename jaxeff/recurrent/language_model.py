@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jaxeff.language.decoder import remat_policy
 from jaxeff.language.layers import MLP, Embedding, Linear, RMSNorm, make_linear
-from jaxeff.language.sharding import constrain
+from jaxeff.language.sharding import constrain, mesh_axes
 from jaxeff.recurrent.layers import ParaGRU, ParaLSTM
 from jaxeff.recurrent.newton import NewtonConfig
+from jaxeff.trees import unbox
 
 CELLS = {"gru": ParaGRU, "lstm": ParaLSTM}
 METHODS = ("newton", "sequential", "fused")
@@ -250,12 +252,34 @@ class RecurrentBlock(nn.Module):
         if segment_ids is not None and config.reset_at_documents:
             reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
         if cached is None:
-            out, info = cell(y, reset=reset, return_info=True)
+            out, info = self.over_time(cell, y, reset)
             return out, None, info.residual
         out, state, info = cell(
             y, cached[0], return_carry=True, lengths=num_tokens, return_info=True
         )
         return out, state, info.residual
+
+    def over_time(self, cell, y, reset):
+        """The cell on whole rows, whose steps a mesh axis of the rules may split."""
+        axes = mesh_axes("act_seq", y.shape[1])
+        if not axes or self.is_initializing():
+            return cell(y, reset=reset, return_info=True)
+        if len(axes) > 1:
+            raise ValueError(f"mesh axes {axes} split the sequence, expected at most one")
+        split = cell.clone(parent=None, name=None, axis_name=axes[0], partitioned=False)
+        in_time, reset = PartitionSpec(None, *axes), () if reset is None else (reset,)
+
+        def run(params, y, *reset):
+            reset = reset[0] if reset else None
+            return split.apply({"params": params}, y, reset=reset, return_info=True)
+
+        run = jax.shard_map(
+            run,
+            in_specs=(PartitionSpec(), in_time, *[in_time] * len(reset)),
+            out_specs=(in_time, PartitionSpec()),
+            axis_names=set(axes),
+        )
+        return run(unbox(self.variables["params"]["cell"]), y, *reset)
 
 
 def _last_inputs(before, y, num_tokens):

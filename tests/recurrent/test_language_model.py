@@ -172,25 +172,32 @@ def test_bfloat16_keeps_the_solver_in_float32():
     np.testing.assert_allclose(half.logits, expected, atol=0.05 * scale)
 
 
+SPLIT = {"data": 2, "fsdp": 2, "tensor": 2}
+SPLIT_TIME = {"fsdp": 2, "context": 2, "tensor": 2}
+
+
 @pytest.mark.parametrize(
-    "cell, method",
+    "cell, method, mesh",
     [
-        ("gru", "newton"),
-        pytest.param("lstm", "newton", marks=pytest.mark.slow),
-        pytest.param("lstm", "fused", marks=pytest.mark.slow),
+        ("gru", "newton", SPLIT_TIME),
+        pytest.param("gru", "newton", SPLIT, marks=pytest.mark.slow),
+        pytest.param("lstm", "newton", SPLIT_TIME, marks=pytest.mark.slow),
+        pytest.param("lstm", "fused", SPLIT, marks=pytest.mark.slow),
     ],
 )
-def test_a_mesh_changes_no_loss_and_no_gradient(cell, method):
-    config = tiny(cell=cell, method=method, reset_at_documents=False)
+def test_a_mesh_changes_no_loss_and_no_gradient(cell, method, mesh):
+    config = tiny(cell=cell, method=method, reset_at_documents=method != "fused")
     model, params = model_of(config)
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     tokens = tokens_of(4, 8)
+    segments = jnp.asarray([[1] * 3 + [2] * 5, [1] * 8, [1] * 4 + [2] * 4, [1] * 7 + [2]])
 
     def loss(params):
-        return jnp.mean(model.apply({"params": params}, tokens).logits ** 2)
+        output = model.apply({"params": params}, tokens, segment_ids=segments)
+        return jnp.mean(output.logits**2)
 
     expected = jax.jit(jax.value_and_grad(loss))(params)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(**{"data": 1} | mesh))
     rules = fit_rules(mesh, {"heads": 2})
     specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules)["params"]
     split = {str(s.spec) for s in jax.tree.leaves(specs)}

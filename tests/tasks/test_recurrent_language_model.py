@@ -148,3 +148,23 @@ def test_the_7b_config_fits_a_slice_of_64_chips(tpu, capsys):
     text = capsys.readouterr().out
     assert "fits, with room for" in text
     assert "fused_gru" in text and "fused_gru_adjoint" in text
+
+
+@pytest.mark.slow
+def test_training_through_newton_is_training_step_by_step(tmp_path):
+    """The shipped experiment, shortened: three iterations, and curves within 1 %."""
+
+    def curve(method):
+        changes = {"training.num_steps": "80", "optimizer.warmup_steps": "10"}
+        changes |= {"model.method": method, "data.eval_batches": "4"}
+        experiment = load_experiment("pararnn_stdlib", changes)
+        assert experiment.model.newton.num_iterations == 3
+        result = make_trainer(experiment, devices=ONE).fit(tmp_path / method)
+        lines = (tmp_path / method / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        losses = [r["loss"] for r in records if r["kind"] == "train"]
+        return np.asarray([*losses, result.evaluation["loss"]])
+
+    newton, sequential = curve("newton"), curve("sequential")
+    assert newton[-1] < 2.2  # nats a byte; 5.5 before the first step
+    np.testing.assert_allclose(newton, sequential, rtol=0.01)
