@@ -24,7 +24,7 @@ def clip_recurrent(max_abs: float) -> optax.GradientTransformationExtraArgs:
         raise ValueError(f"max_abs={max_abs}, expected above zero")
 
     def clipped(path, update, param):
-        if str(getattr(path[-1], "key", "")) not in NAMES:
+        if not is_recurrent(path):
             return update
         return jnp.clip(param + update, -max_abs, max_abs) - param
 
@@ -34,3 +34,9 @@ def clip_recurrent(max_abs: float) -> optax.GradientTransformationExtraArgs:
         return jax.tree_util.tree_map_with_path(clipped, updates, params), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def is_recurrent(path: tuple) -> bool:
+    """Whether a leaf of a tree of parameters, boxed or not, is a recurrent weight, by its path."""
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return bool(names) and names[-1] in NAMES

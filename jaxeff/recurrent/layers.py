@@ -1,5 +1,6 @@
 """ParaGRU and ParaLSTM as linen modules (arXiv 2510.21450, section 3 and appendix)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff.recurrent import cells, time_axis
-from jaxeff.recurrent.newton import NewtonConfig, parallel_rnn, solved
+from jaxeff.recurrent.newton import NewtonConfig, System, parallel_rnn, solved
+from jaxeff.recurrent.nonlinearities import NONLINEARITIES
 from pallas_kernels import fused_gru, fused_lstm
 
 METHODS = ("newton", "sequential", "fused")
+STANDARD = {("gate", "sigmoid"), ("candidate", "tanh"), ("squash", "tanh")}
 
 
 def small_normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -43,6 +46,8 @@ class _ParaCell(nn.Module):
       axis_name: mesh axis over which T is split, for calls inside a `shard_map`; not with "fused".
       partitioned: the parameters carry logical axes: "heads" is H, and the heads of `b`, whose
         second axis is "embed".
+      gate_activation, candidate_activation: names in `NONLINEARITIES`. With others than these the
+        Jacobian is automatic, and there are no fused kernels.
     """
 
     features: int
@@ -54,6 +59,8 @@ class _ParaCell(nn.Module):
     implementation: str | None = None
     axis_name: str | None = None
     partitioned: bool = False
+    gate_activation: str = "sigmoid"
+    candidate_activation: str = "tanh"
 
     @nn.compact
     def __call__(
@@ -88,36 +95,55 @@ class _ParaCell(nn.Module):
           ValueError: for shapes, dtypes or arguments that do not fit one another, by name.
         """
         self._check(x, reset, lengths, return_carry)
-        first = self._stacked(self.initial_state(x.shape[0]) if h0 is None else h0)
-        u = self._project(x)
+        system = self._system(x, h0)
         if self.method == "fused":
-            states, info = self._run_fused(u, first)
+            states, info = self._run_fused(system)
         else:
-            states, info = parallel_rnn(
-                self._step,
-                self._recurrent(),
-                u,
-                first,
-                structure=self._structure,
-                newton=self.newton,
-                method=self.method,
-                jacobian_fn=self._jacobian,
-                reset=reset,
-                axis_name=self.axis_name,
-            )
+            options = {"newton": self.newton, "method": self.method, "axis_name": self.axis_name}
+            states, info = parallel_rnn(**system._asdict(), **options, reset=reset)
         self.sow("intermediates", "solve_info", info)
         results = [self._output(states)]
         if return_carry:
-            results.append(self._unstacked(time_axis.after(states, first, lengths, self.axis_name)))
+            results.append(
+                self._unstacked(time_axis.after(states, system.h0, lengths, self.axis_name))
+            )
         if return_info:
             results.append(info)
         return results[0] if len(results) == 1 else tuple(results)
 
     @nn.compact
+    def system(self, x: jax.Array, h0: Any = None) -> System:
+        """What the layer solves for `x` (B, T, D): arguments of `parallel_rnn`."""
+        self._check(x, None, None, False)
+        return self._system(x, h0)
+
+    @nn.compact
     def step(self, state: Any, x_t: jax.Array) -> tuple[Any, jax.Array]:
         """The next state and its output (B, H), from the state and `x_t` (B, D)."""
-        stacked = self._step(self._recurrent(), self._project(x_t), self._stacked(state))
+        step, _ = self._functions()
+        stacked = step(self._recurrent(), self._project(x_t), self._stacked(state))
         return self._unstacked(stacked), self._output(stacked)
+
+    def _system(self, x, h0):
+        step, jacobian = self._functions()
+        first = self._stacked(self.initial_state(x.shape[0]) if h0 is None else h0)
+        u = self._project(x)
+        return System(step, self._recurrent(), u, first, self._structure, jacobian)
+
+    def _activations(self):
+        return {"gate": self.gate_activation, "candidate": self.candidate_activation}
+
+    def _functions(self):
+        """The step and its Jacobian, None where that is to be automatic."""
+        given = self._activations()
+        for name in given.values():
+            if name not in NONLINEARITIES:
+                raise ValueError(f"activation {name!r} is not one of {', '.join(NONLINEARITIES)}")
+        if set(given.items()) <= STANDARD:
+            return self._step, self._jacobian
+        if self.method == "fused":
+            raise ValueError(f"method='fused' has no kernel for the activations {given}")
+        return _with_activations(self._step, **given), None
 
     def _check(self, x, reset, lengths, return_carry):
         if self.method not in METHODS:
@@ -167,17 +193,22 @@ class _ParaCell(nn.Module):
         u = jnp.einsum("...ki,kivj->...vkj", x, b.astype(self.dtype))
         return u.reshape(*u.shape[:-2], self.features).astype(jnp.float32) + bias
 
-    def _run_fused(self, u, first):
-        weights = self._recurrent()
+    def _run_fused(self, system):
         options = {
             "num_iterations": self.newton.num_iterations,
             "damping": self.newton.damping,
             "implementation": self.implementation,
         }
-        rounded = u.astype(self.dtype)
-        states = self._fused(rounded, weights, first, options).astype(jnp.float32)
-        info = solved(self._step, weights, rounded.astype(jnp.float32), first, states, self.newton)
-        return states, info
+        rounded = system.inputs.astype(self.dtype)
+        states = self._fused(rounded, system.params, system.h0, options).astype(jnp.float32)
+        system = system._replace(inputs=rounded.astype(jnp.float32))
+        return states, solved(system, states, self.newton)
+
+
+@functools.lru_cache
+def _with_activations(step, **names):
+    """Made once for each choice, so that it is traced once."""
+    return functools.partial(step, **{part: NONLINEARITIES[name] for part, name in names.items()})
 
 
 class ParaGRU(_ParaCell):
@@ -208,10 +239,19 @@ class ParaGRU(_ParaCell):
 
 class ParaLSTM(_ParaCell):
     """LSTM with coupled gates and peepholes, `peephole` (2, H) in addition; its state is (c, h),
-    two arrays (B, H) float32. See `_ParaCell`."""
+    two arrays (B, H) float32. See `_ParaCell`.
+
+    Attributes:
+      state_activation: what c passes before the output gate, a name in `NONLINEARITIES`.
+    """
+
+    state_activation: str = "tanh"
 
     _step, _jacobian = staticmethod(cells.lstm_step), staticmethod(cells.lstm_jacobian)
     _structure = "block"
+
+    def _activations(self):
+        return super()._activations() | {"squash": self.state_activation}
 
     def initial_state(self, batch: int) -> tuple[jax.Array, jax.Array]:
         """Zeros, (batch, H) twice."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff.recurrent import time_axis
-from pallas_kernels.linear_recurrence import reference, sharded
+from pallas_kernels.linear_recurrence import MOST_BLOCKS, reference, sharded
 
 STRUCTURES = ("diagonal", "block", "dense")
 METHODS = ("newton", "sequential")
@@ -56,6 +56,17 @@ class SolveInfo(NamedTuple):
     fallback: jax.Array
 
 
+class System(NamedTuple):
+    """The equations h_t = f(h_{t-1}, x_t) of all steps: arguments of `parallel_rnn`."""
+
+    step_fn: Callable
+    params: Any
+    inputs: Any
+    h0: jax.Array
+    structure: str
+    jacobian_fn: Callable | None = None
+
+
 def parallel_rnn(
     step_fn: Callable[[Any, Any, jax.Array], jax.Array],
     params: Any,
@@ -81,7 +92,8 @@ def parallel_rnn(
       inputs: a pytree of floating arrays (B, T, ...).
       h0: (B, H), or (B, m, H) for "block": the state before the first step.
       structure: what df/dh is: "diagonal", "block" (m x m blocks of diagonals, m up to 4) or
-        "dense". It is not verified that the entries left out are zero.
+        "dense". That the entries left out are zero is for `check_structure` to say, once, on a
+        small case; here only shapes are looked at.
       newton: iterations, tolerance, damping and fallback.
       method: "newton", or "sequential" for a loop over time.
       jacobian_fn: (params, x, before, after) -> Jacobians; None takes 1, m or H forward
@@ -105,10 +117,8 @@ def parallel_rnn(
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {METHODS}")
     params, inputs, h0 = _checked(params, inputs, h0, structure)
-    cell = _Cell(step_fn, structure, jacobian_fn, reset is not None)
-    expected = jax.eval_shape(step_fn, params, jax.tree.map(lambda x: x[:, 0], inputs), h0)
-    if getattr(expected, "shape", None) != h0.shape:
-        raise ValueError(f"step_fn returns {expected}, expected one array of shape {h0.shape}")
+    cell = Cell(step_fn, structure, jacobian_fn, reset is not None)
+    _check_results(cell, params, inputs, h0)
     if reset is not None:
         inputs = inputs, _kept(reset, inputs, h0.dtype)
     leaves, tree = jax.tree.flatten((params, inputs, h0))
@@ -118,7 +128,7 @@ def parallel_rnn(
         return _solve(cell, newton, axis_name, params, inputs, h0)
     batch = h0.shape[0]
     info = SolveInfo(jnp.zeros(batch), jnp.int32(0), jnp.zeros(batch, bool))
-    return _sequential(cell, axis_name, params, inputs, h0), info
+    return sequential_states(cell, axis_name, params, inputs, h0), info
 
 
 def _checked(params, inputs, h0, structure):
@@ -130,6 +140,8 @@ def _checked(params, inputs, h0, structure):
     rank = 3 if structure == "block" else 2
     if h0.ndim != rank:
         raise ValueError(f"h0 has shape {h0.shape}, expected {rank} axes for {structure!r}")
+    if structure == "block" and not 1 <= h0.shape[1] <= MOST_BLOCKS:
+        raise ValueError(f"h0 has m = {h0.shape[1]} parts, expected 1 to {MOST_BLOCKS}")
     leading = {x.shape[:2] for x in jax.tree.leaves(inputs)}
     if len(leading) != 1 or len(next(iter(leading))) != 2:
         raise ValueError(f"inputs begin with {leading}, expected one (B, T)")
@@ -143,6 +155,23 @@ def _checked(params, inputs, h0, structure):
     return jax.tree.map(lambda x: x.astype(dtype), (params, inputs, h0))
 
 
+def _check_results(cell, params, inputs, h0):
+    """What the functions return, by shape."""
+    result = jax.eval_shape(cell.step_fn, params, jax.tree.map(lambda x: x[:, 0], inputs), h0)
+    if getattr(result, "shape", None) != h0.shape:
+        raise ValueError(f"step_fn returns {result}, expected one array of shape {h0.shape}")
+    if cell.jacobian_fn is None:
+        return
+    states = jnp.zeros((h0.shape[0], jax.tree.leaves(inputs)[0].shape[1], *h0.shape[1:]), h0.dtype)
+    result = jax.eval_shape(cell.jacobian_fn, params, inputs, states, states)
+    middle = () if cell.structure == "diagonal" else states.shape[2:3]
+    expected = (*states.shape[:2], *middle, *states.shape[2:])
+    if getattr(result, "shape", None) != expected:
+        raise ValueError(
+            f"jacobian_fn returns {result}, expected shape {expected} for {cell.structure!r}"
+        )
+
+
 def _kept(reset, inputs, dtype):
     reset = jnp.asarray(reset)
     expected = jax.tree.leaves(inputs)[0].shape[:2]
@@ -152,7 +181,7 @@ def _kept(reset, inputs, dtype):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cell:
+class Cell:
     """A step and its Jacobian; with `resets` the inputs are pairs of x and what is kept, 0 or 1."""
 
     step_fn: Callable
@@ -191,22 +220,23 @@ class _Cell:
         return jax.vmap(along, out_axes=3)(jnp.eye(before.shape[2]))
 
 
-def solved(step_fn, params, inputs, h0, states, newton: NewtonConfig) -> SolveInfo:
-    """The SolveInfo of states found elsewhere by the iterations that `newton` asks for.
+def solved(system: System, states: jax.Array, newton: NewtonConfig) -> SolveInfo:
+    """The SolveInfo of states that were found elsewhere by the iterations `newton` asks for.
 
-    Arguments as for `parallel_rnn`; `step_fn` gets whole sequences.
+    `system.step_fn` gets whole sequences.
     """
-    params, inputs, h0, states = jax.lax.stop_gradient((params, inputs, h0, states))
-    residual = step_fn(params, inputs, time_axis.before(states, h0, None)) - states
+    step, *operands, _, _ = system
+    params, inputs, h0, states = jax.lax.stop_gradient((*operands, states))
+    residual = step(params, inputs, time_axis.before(states, h0, None)) - states
     info = time_axis.largest(residual, None), jnp.int32(newton.num_iterations)
-    return SolveInfo(*info, jnp.zeros(len(h0), bool))
+    return SolveInfo(*info, jnp.zeros(len(states), bool))
 
 
 def _cut(kept, x):
     return jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - kept.ndim)) > 0, x, 0)
 
 
-def _sequential(cell, axis_name, params, inputs, h0):
+def sequential_states(cell, axis_name, params, inputs, h0):
     by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
 
     def step(h, x):
@@ -219,20 +249,27 @@ def _sequential(cell, axis_name, params, inputs, h0):
     return time_axis.in_turn(run, h0, axis_name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _solve(cell, newton, axis_name, params, inputs, h0):
+def newton_iteration(cell, damping, axis_name, params, inputs, h0):
+    """The first guess and its residual, and the function from one such pair to the next."""
+
     def residual(h):
         return cell.steps(params, inputs, time_axis.before(h, h0, axis_name)) - h
 
     def iterate(h, r):
         jacobians = cell.jacobians(params, inputs, time_axis.before(h, h0, axis_name), h)
-        h = h + newton.damping * time_axis.recurrence(jacobians, r, axis_name)
+        h = h + damping * time_axis.recurrence(jacobians, r, axis_name)
         return h, residual(h)
 
     steps = jax.tree.leaves(inputs)[0].shape[1]
-    guess = jnp.broadcast_to(h0[:, None], (h0.shape[0], steps, *h0.shape[1:]))
-    h = cell.steps(params, inputs, time_axis.before(jnp.zeros_like(guess), h0, axis_name))
-    iterations, h, r = _iterate(iterate, newton, h, residual(h), axis_name)
+    like = jnp.broadcast_to(h0[:, None], (h0.shape[0], steps, *h0.shape[1:]))
+    guess = cell.steps(params, inputs, time_axis.before(jnp.zeros_like(like), h0, axis_name))
+    return (guess, residual(guess)), iterate
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _solve(cell, newton, axis_name, params, inputs, h0):
+    guess, iterate = newton_iteration(cell, newton.damping, axis_name, params, inputs, h0)
+    iterations, h, r = _iterate(iterate, newton, *guess, axis_name)
     largest = time_axis.largest(r, axis_name)
     if newton.fallback == "none":
         return h, SolveInfo(largest, iterations, jnp.zeros(h.shape[0], bool))
@@ -240,7 +277,7 @@ def _solve(cell, newton, axis_name, params, inputs, h0):
 
     def replaced(h):
         rows = failed.reshape(-1, *[1] * (h.ndim - 1))
-        return jnp.where(rows, _sequential(cell, axis_name, params, inputs, h0), h)
+        return jnp.where(rows, sequential_states(cell, axis_name, params, inputs, h0), h)
 
     h = jax.lax.cond(time_axis.anywhere(jnp.any(failed), h, axis_name), replaced, lambda h: h, h)
     return h, SolveInfo(largest, iterations, failed)
