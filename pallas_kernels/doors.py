@@ -6,7 +6,8 @@ be vmapped and whose batch may be sharded over a mesh.
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, PartitionSpec
 
 KERNEL_OF_PLATFORM = {"tpu": "mosaic_tpu", "gpu": "triton"}
+CHANNEL_AXES = ("tensor",)  # the usual name of the mesh axis that splits channels
 COMPUTE_CAPABILITIES = {"A100": 80, "H100": 90, "H200": 90, "B200": 100}
 
 
@@ -98,21 +100,25 @@ def compute_capability() -> int | None:
     raise NotImplementedError(f"cannot compile a Triton kernel for {kind!r}; known are {known}")
 
 
-def over_batch(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Makes a kernel's function batchable and shardable along the first axis.
+def over_batch(fn: Callable[..., Any], *, channel_axes: Collection[str] = ()) -> Callable[..., Any]:
+    """Makes a kernel's function batchable and shardable.
 
     Args:
-      fn: of arrays whose first axis is the batch, to one array whose first axis is the batch.
+      fn: of arrays whose first axis is the batch, to one array or a tuple of arrays whose first
+        axis is the batch.
+      channel_axes: names of mesh axes; to name any says that the last axis of all operands and
+        results is one of channels that do not depend on one another.
 
     Returns:
-      the same function. A vmapped axis becomes part of the batch. Under `jax.set_mesh` the batch is
-      split over all mesh axes that divide it and that no enclosing `shard_map` has taken: a kernel
-      cannot be partitioned by the compiler.
+      the same function. A vmapped axis becomes part of the batch. Under `jax.set_mesh` every mesh
+      axis that no enclosing `shard_map` has taken splits the channels if it is one of
+      `channel_axes` and divides them, else the batch if it divides that: a kernel cannot be
+      partitioned by the compiler. An axis that divides neither repeats the work.
     """
 
     @custom_vmap
     def batched(*operands):
-        return _over_mesh(fn, operands)
+        return _over_mesh(fn, operands, channel_axes)
 
     @batched.def_vmap
     def _(axis_size, in_batched, *operands):
@@ -121,34 +127,58 @@ def over_batch(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
             for x, is_batched in zip(operands, in_batched, strict=True)
         ]
         folded = batched(*(x.reshape(-1, *x.shape[2:]) for x in whole))
-        return folded.reshape(axis_size, -1, *folded.shape[1:]), True
+        apart = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), folded)
+        return apart, jax.tree.map(lambda _: True, folded)
 
     return batched
 
 
-def _over_mesh(fn, operands):
+def _over_mesh(fn, operands, channel_axes):
     sizes = free_axes()
     if math.prod(sizes.values()) == 1:
-        return _varying_as(operands[0], fn(*operands))
-    axes: tuple[str, ...] = ()
-    for name, size in sizes.items():
-        if operands[0].shape[0] % (size * math.prod(sizes[axis] for axis in axes)) == 0:
-            axes += (name,)
-    return jax.shard_map(
+        return _varying_as(operands, fn(*operands))
+    batch, channels = _split(sizes, operands[0].shape, channel_axes)
+    in_specs, out_specs = (PartitionSpec(batch),) * len(operands), PartitionSpec(batch)
+    if channels:
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
+        in_specs, out_specs = jax.tree.map(
+            lambda x: PartitionSpec(batch, *[None] * (x.ndim - 2), channels),
+            (shapes, jax.eval_shape(fn, *shapes)),
+        )
+    results = jax.shard_map(
         fn,
-        in_specs=(PartitionSpec(axes),) * len(operands),
-        out_specs=PartitionSpec(axes),
+        in_specs=in_specs,
+        out_specs=out_specs,
         axis_names=set(sizes),
         check_vma=False,  # a kernel does not say how its result varies
     )(*operands)
+    return _varying_as(operands, results)
 
 
-def _varying_as(operand, result):
-    """Marks what a kernel made inside a `shard_map` as varying over the axes its operand does."""
-    missing = jax.typeof(operand).manual_axis_type.varying - (
-        jax.typeof(result).manual_axis_type.varying
-    )
-    return jax.lax.pcast(result, tuple(sorted(missing)), to="varying") if missing else result
+def _split(sizes, shape, channel_axes):
+    """Which mesh axes split the batch and which the channels of an operand of this shape."""
+    split: dict[str, tuple[str, ...]] = {"batch": (), "channels": ()}
+
+    def divides(what, length, size):
+        return length % (size * math.prod(sizes[name] for name in split[what])) == 0
+
+    for name, size in sizes.items():
+        if name in channel_axes and divides("channels", shape[-1], size):
+            split["channels"] += (name,)
+        elif divides("batch", shape[0], size):
+            split["batch"] += (name,)
+    return split["batch"], split["channels"]
+
+
+def _varying_as(operands, results):
+    """Marks what a kernel made inside a `shard_map` as varying over the axes its operands do."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+
+    def mark(result):
+        missing = axes - jax.typeof(result).manual_axis_type.varying
+        return jax.lax.pcast(result, tuple(sorted(missing)), to="varying") if missing else result
+
+    return jax.tree.map(mark, results)
 
 
 def free_axes() -> dict[str, int]:

@@ -16,6 +16,7 @@ from jax import lax
 
 from pallas_kernels import doors
 from pallas_kernels.linear_recurrence import reference as recurrence
+from pallas_kernels.linear_recurrence.sharded import varying_alike
 
 METHODS = ("auto", "newton", "sequential")
 
@@ -44,6 +45,7 @@ class Config(NamedTuple):
     num_iterations: int
     damping: float
     tile: int
+    channel_axes: tuple[str, ...] = doors.CHANNEL_AXES
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
@@ -152,21 +154,22 @@ def _next(x):
     return jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
 
 
-def solve(config: Config, u: jax.Array, weights: jax.Array, first: jax.Array) -> jax.Array:
-    """The states of a cell, (m, B, T, H) in u's dtype, with the exact adjoint as their gradient."""
-    return _solve(config, u, weights, first)
+def solve(config: Config, u: jax.Array, weights: jax.Array, first: jax.Array):
+    """The states of a cell, m arrays (B, T, H) in u's dtype; their gradient is the exact adjoint.
+
+    Args: as for `newton`.
+    """
+    return _solve(config, *varying_alike(u, weights, first))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _solve(config, u, weights, first):
-    if config.implementation == "mosaic_tpu":
-        from pallas_kernels import recurrent_tiles_tpu
-
-        return recurrent_tiles_tpu.forward(config, u, weights, first)
+    if config.implementation != "xla":
+        return _kernel(config, "forward")(u, *_by_row(u, weights, first))
     dtype = recurrence.compute_dtype(u, weights)
     run = newton if config.method == "newton" else sequential
     operands = (x.astype(dtype) for x in (u, weights, first))
-    return run(config, *operands).astype(u.dtype)
+    return tuple(run(config, *operands).astype(u.dtype))
 
 
 def _forward(config, u, weights, first):
@@ -175,18 +178,42 @@ def _forward(config, u, weights, first):
 
 
 def _backward(config, saved, grad):
-    u, weights, first, _ = saved
-    if config.implementation == "mosaic_tpu":
-        from pallas_kernels import recurrent_tiles_tpu
-
-        found = recurrent_tiles_tpu.adjoint(config, *saved, grad)
+    u, weights, first, states = saved
+    if config.implementation != "xla":
+        by_row = _by_row(u, weights, first)
+        of_u, of_weights, of_first = _kernel(config, "adjoint")(u, *by_row, *states, *grad)
+        found = of_u, of_weights.sum(0), jnp.moveaxis(of_first, 1, 0)
     else:
         dtype = recurrence.compute_dtype(u, weights)
-        found = adjoint(config, *(x.astype(dtype) for x in (*saved, grad)))
+        operands = (u, weights, first, jnp.stack(states), jnp.stack(grad))
+        found = adjoint(config, *(x.astype(dtype) for x in operands))
     return tuple(x.astype(y.dtype) for x, y in zip(found, (u, weights, first), strict=True))
 
 
 _solve.defvjp(_forward, _backward)
+
+
+def _by_row(u, weights, first):
+    """The weights, a copy for each row of the batch, and the initial states with the batch first.
+
+    Only so can a kernel's operands be vmapped and split over devices all alike, and its gradients
+    summed outside.
+    """
+    return jnp.broadcast_to(weights, (u.shape[0], *weights.shape)), jnp.moveaxis(first, 0, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(config, direction):
+    """A kernel module's `forward` or `adjoint`, batchable and shardable.
+
+    forward(config, u (B, T, 3, H), weights (B, num_weights, H), first (B, m, H)) makes m arrays of
+    states (B, T, H) in u's dtype. adjoint(config, u, weights, first, *states, *grads), with m
+    arrays each of states and their gradients, makes those of u, weights and first.
+    """
+    from pallas_kernels import recurrent_tiles_tpu
+
+    run = functools.partial(getattr(recurrent_tiles_tpu, direction), config)
+    return doors.over_batch(run, channel_axes=config.channel_axes)
 
 
 def checked(u, weights, first, *, method, num_iterations, damping, tile):
@@ -223,7 +250,16 @@ def checked(u, weights, first, *, method, num_iterations, damping, tile):
 
 
 def configure(
-    cell, u, *, method, implementation, num_iterations, damping, tile, float64=False
+    cell,
+    u,
+    *,
+    method,
+    implementation,
+    num_iterations,
+    damping,
+    tile,
+    channel_axes=doors.CHANNEL_AXES,
+    float64=False,
 ) -> Config:
     """Chooses implementation and method of a call on the projections `u`."""
     from pallas_kernels import recurrent_tiles_tpu  # it needs this module's names
@@ -236,4 +272,5 @@ def configure(
     if method == "auto":
         # With gates of diagonal weights, one pass of whole registers beats three iterations.
         method = "sequential" if choice == "mosaic_tpu" else "newton"
-    return Config(cell, method, choice, int(num_iterations), float(damping), int(tile))
+    numbers = int(num_iterations), float(damping), int(tile)
+    return Config(cell, method, choice, *numbers, tuple(channel_axes))

@@ -9,7 +9,6 @@ written once, whatever the number of iterations.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -35,67 +34,85 @@ def refusal(u: jax.Array, method: str, tile: int, *, float64: bool) -> str | Non
         return "its arithmetic is float32, and an operand is float64"
     if u.size == 0:
         return f"u of shape {u.shape} is empty"
-    if math.prod(doors.free_axes().values()) > 1:
-        return "the compiler cannot partition it over a mesh; call it inside a shard_map"
     return doors.not_on_platform("tpu")
 
 
 def forward(config: Config, u, weights, first, *, interpret=False):
-    """`recurrent_tiles.newton` or `.sequential` as a kernel; the states in u's dtype."""
+    """`recurrent_tiles.newton` or `.sequential` as a kernel.
+
+    Args:
+      config: the call.
+      u: (B, T, 3, H).
+      weights: (B, num_weights, H).
+      first: (B, m, H).
+      interpret: run it in Pallas' interpreter.
+
+    Returns:
+      the states, m arrays (B, T, H) in u's dtype.
+    """
     layout = _Layout(config, u)
     cell, m = config.cell, config.cell.num_states
-    body = functools.partial(_forward_kernel, config=config, layout=layout)
     states = pl.pallas_call(
-        body,
+        functools.partial(_forward_kernel, config=config, layout=layout),
         grid=layout.grid,
-        in_specs=[*layout.parts(3), layout.rows(cell.num_weights), layout.state(m)],
-        out_specs=layout.states(m),
-        out_shape=jax.ShapeDtypeStruct((m, *layout.shape), u.dtype),
+        in_specs=[layout.parts(), layout.rows(cell.num_weights), layout.rows(m)],
+        out_specs=[layout.states()] * m,
+        out_shape=[layout.result(layout.shape, u.dtype)] * m,
         scratch_shapes=[layout.scratch(3), layout.scratch(m), layout.carry(m)],
         compiler_params=_params(),
         cost_estimate=layout.cost(3 + m, u.dtype, 4 if config.method == "newton" else 1),
         interpret=interpret,
         name=cell.name,
-    )(*layout.projections(u), layout.wide(weights), layout.first(first))
-    return layout.cut(states)
+    )(layout.parts_first(u), layout.count_first(weights), layout.count_first(first))
+    return tuple(layout.cut(x) for x in states)
 
 
-def adjoint(config: Config, u, weights, first, states, grad, *, interpret=False):
-    """`recurrent_tiles.adjoint` as a kernel."""
+def adjoint(config: Config, u, weights, first, *states_and_grads, interpret=False):
+    """`recurrent_tiles.adjoint` as a kernel.
+
+    Args:
+      config, u, weights, first, interpret: as for `forward`.
+      states_and_grads: m arrays (B, T, H) of states, then as many of their gradients.
+
+    Returns:
+      the gradients of `u`, of `weights` for each row of the batch, and of `first`, with the shapes
+      of these; the first in u's dtype, the others float32.
+    """
     layout = _Layout(config._replace(method="sequential"), u, backward=True)
     cell, m, n = config.cell, config.cell.num_states, config.cell.num_weights
-    states, grad = layout.pad_states(states), layout.pad_states(grad)
-    before = pl.BlockSpec(
-        (m, ROWS, ROWS, layout.channels),
-        lambda b, c, t: (0, b, jnp.maximum(layout.time(t) * (layout.tile // ROWS) - 1, 0), c),
-    )
-    batch, _, width = layout.shape
-    *of_u, of_weights, of_first = pl.pallas_call(
+    states_and_grads = [layout.pad(x) for x in states_and_grads]
+    batch, steps, width = layout.shape
+    of_u, of_weights, of_first = pl.pallas_call(
         functools.partial(_adjoint_kernel, config=config, layout=layout),
         grid=layout.grid,
         in_specs=[
-            *layout.parts(3),
+            layout.parts(),
             layout.rows(n),
-            layout.state(m),
-            layout.states(m),
-            before,
-            layout.states(m),
+            layout.rows(m),
+            *[layout.states()] * (2 * m),
+            *[layout.before()] * m,
         ],
-        out_specs=[*[layout.states()] * 3, layout.state(n), layout.state(m)],
+        out_specs=[layout.parts(), layout.rows(n), layout.rows(m)],
         out_shape=[
-            *[jax.ShapeDtypeStruct(layout.shape, u.dtype)] * 3,
-            jax.ShapeDtypeStruct((n, batch, width), jnp.float32),
-            jax.ShapeDtypeStruct((m, batch, width), jnp.float32),
+            layout.result((batch, 3, steps, width), u.dtype),
+            layout.result((n, batch, width), jnp.float32),
+            layout.result((m, batch, width), jnp.float32),
         ],
         scratch_shapes=[layout.scratch(3), layout.scratch(m), layout.scratch(m), layout.carry(m)],
         compiler_params=_params(),
         cost_estimate=layout.cost(6 + 2 * m, u.dtype, 1),
         interpret=interpret,
         name=f"{cell.name}_adjoint",
-    )(*layout.projections(u), layout.wide(weights), layout.first(first), states, states, grad)
-    of_u = jnp.stack([layout.cut(x) for x in of_u], axis=2)
-    b, h = u.shape[0], u.shape[-1]
-    return of_u, of_weights.sum(1)[:, :h], of_first[:, :b, :h]
+    )(
+        layout.parts_first(u),
+        layout.count_first(weights),
+        layout.count_first(first),
+        *states_and_grads,
+        *states_and_grads[:m],
+    )
+    batch, steps, _, width = u.shape
+    of_u = jnp.moveaxis(of_u[:batch, :, :steps, :width], 1, 2)
+    return of_u, *(jnp.moveaxis(x, 0, 1)[:batch, :, :width] for x in (of_weights, of_first))
 
 
 def _params():
@@ -124,57 +141,55 @@ class _Layout:
         self.shape = _up(batch, ROWS), _up(steps, self.tile), padded
         self.tiles = self.shape[1] // self.tile
         self.grid = self.shape[0] // ROWS, padded // self.channels, self.tiles
+        self.spare = tuple((0, to - size) for size, to in zip(self.given, self.shape, strict=True))
+        self.varying = jax.typeof(u).manual_axis_type
         self.backward = backward
+
+    def result(self, shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=self.varying)
 
     def time(self, t):
         return self.tiles - 1 - t if self.backward else t
 
-    def projections(self, u):
-        """Three times (B, T, 3 H): each projection is a window of its own on one array."""
-        whole = self.shape
-        widths = [(0, w - g) for w, g in zip(whole, self.given, strict=True)]
-        u = jnp.pad(u, (widths[0], widths[1], (0, 0), widths[2]))
-        return [u.reshape(*whole[:2], 3 * whole[2])] * 3
+    def parts_first(self, u):
+        """(B, 3, T, H): each projection of a row in whole registers of steps by channels.
 
-    def parts(self, count):
-        blocks = self.grid[1]
-        return [
-            pl.BlockSpec(
-                (ROWS, self.tile, self.channels),
-                lambda b, c, t, part=part: (b, self.time(t), part * blocks + c),
-            )
-            for part in range(count)
-        ]
+        What makes `u` can write it so as well; only to an array that lies in memory as (B, T, 3, H)
+        does it cost a copy.
+        """
+        batch, steps, width = self.spare
+        return jnp.pad(jnp.moveaxis(u, 2, 1), (batch, (0, 0), steps, width))
+
+    def parts(self):
+        block = (ROWS, 3, self.tile, self.channels)
+        return pl.BlockSpec(block, lambda b, c, t: (b, 0, self.time(t), c))
+
+    def count_first(self, x):
+        """(B, count, H) to (count, B, H), float32."""
+        batch, _, width = self.spare
+        return jnp.pad(jnp.moveaxis(x, 1, 0).astype(jnp.float32), ((0, 0), batch, width))
 
     def rows(self, count):
-        return pl.BlockSpec((count, ROWS, self.channels), lambda b, c, t: (0, 0, c))
-
-    def wide(self, weights):
-        weights = jnp.pad(
-            weights.astype(jnp.float32), ((0, 0), (0, self.shape[2] - weights.shape[1]))
-        )
-        return jnp.broadcast_to(weights[:, None], (len(weights), ROWS, self.shape[2]))
-
-    def state(self, count):
         return pl.BlockSpec((count, ROWS, self.channels), lambda b, c, t: (0, b, c))
 
-    def first(self, first):
-        widths = [(0, self.shape[i] - self.given[i]) for i in (0, 2)]
-        return jnp.pad(first.astype(jnp.float32), ((0, 0), *widths))
+    def pad(self, states):
+        return jnp.pad(states, self.spare)
 
-    def states(self, count=None):
+    def states(self):
         block = (ROWS, self.tile, self.channels)
-        if count is None:
-            return pl.BlockSpec(block, lambda b, c, t: (b, self.time(t), c))
-        return pl.BlockSpec((count, *block), lambda b, c, t: (0, b, self.time(t), c))
+        return pl.BlockSpec(block, lambda b, c, t: (b, self.time(t), c))
 
-    def pad_states(self, states):
-        widths = [(0, w - g) for w, g in zip(self.shape, self.given, strict=True)]
-        return jnp.pad(states, ((0, 0), *widths))
+    def before(self):
+        """The last few steps of the tile before, or the first of this one where there is none."""
+
+        def index(b, c, t):
+            return b, jnp.maximum(self.time(t) * (self.tile // ROWS) - 1, 0), c
+
+        return pl.BlockSpec((ROWS, ROWS, self.channels), index)
 
     def cut(self, x):
         batch, steps, width = self.given
-        return x[..., :batch, :steps, :width]
+        return x[:batch, :steps, :width]
 
     def scratch(self, count):
         return pltpu.VMEM((count, self.chunks, self.tile * ROWS, LANES), jnp.float32)
@@ -248,8 +263,9 @@ def _add(x, y):
     return tuple(p + q for p, q in zip(x, y, strict=True))
 
 
-def _forward_kernel(u_0, u_1, u_2, rows, first, out, us, states, carry, *, config, layout):
+def _forward_kernel(u_in, rows, first, *refs, config, layout):
     cell = config.cell
+    *out, us, states, carry = refs
     weights = layout.by_chunk(rows[...])
 
     @pl.when(pl.program_id(2) == 0)
@@ -257,8 +273,8 @@ def _forward_kernel(u_0, u_1, u_2, rows, first, out, us, states, carry, *, confi
         for part, value in enumerate(layout.by_chunk(first[...])):
             carry[part] = value
 
-    for part, block in enumerate((u_0, u_1, u_2)):
-        layout.turn_in(block, us.at[part])
+    for part in range(3):
+        layout.turn_in(u_in.at[:, part], us.at[part])
     incoming = tuple(carry[part] for part in range(cell.num_states))
     zeros = tuple(jnp.zeros_like(x) for x in incoming)
 
@@ -296,33 +312,15 @@ def _forward_kernel(u_0, u_1, u_2, rows, first, out, us, states, carry, *, confi
             layout.loop(iterate, (incoming, zeros))
     for part, value in enumerate(_load(states, pl.ds((layout.tile - 1) * ROWS, ROWS))):
         carry[part] = value
-    for part in range(cell.num_states):
-        layout.turn_out(states.at[part], out.at[part])
+    for part, block in enumerate(out):
+        layout.turn_out(states.at[part], block)
 
 
-def _adjoint_kernel(
-    u_0,
-    u_1,
-    u_2,
-    rows,
-    first,
-    states_in,
-    before,
-    grad_in,
-    of_u_0,
-    of_u_1,
-    of_u_2,
-    of_weights,
-    of_first,
-    us,
-    states,
-    grads,
-    carry,
-    *,
-    config,
-    layout,
-):
+def _adjoint_kernel(u_in, rows, first, *refs, config, layout):
     cell, step = config.cell, pl.program_id(2)
+    m = cell.num_states
+    states_in, grads_in, before = (refs[i * m : (i + 1) * m] for i in range(3))
+    of_u_out, of_weights, of_first, us, states, grads, carry = refs[3 * m :]
     weights = layout.by_chunk(rows[...])
 
     @pl.when(step == 0)
@@ -330,13 +328,14 @@ def _adjoint_kernel(
         carry[...] = jnp.zeros_like(carry)
         of_weights[...] = jnp.zeros_like(of_weights)
 
-    for part, block in enumerate((u_0, u_1, u_2)):
-        layout.turn_in(block, us.at[part])
-    for part in range(cell.num_states):
-        layout.turn_in(states_in.at[part], states.at[part])
-        layout.turn_in(grad_in.at[part], grads.at[part])
+    for part in range(3):
+        layout.turn_in(u_in.at[:, part], us.at[part])
+    for part in range(m):
+        layout.turn_in(states_in[part], states.at[part])
+        layout.turn_in(grads_in[part], grads.at[part])
     # The state before this tile: the initial one, or the last row of the tile before.
-    earlier = layout.by_chunk(before[...][:, :, ROWS - 1, :].astype(jnp.float32))
+    last = [block[...][:, ROWS - 1, :].astype(jnp.float32) for block in before]
+    earlier = layout.by_chunk(last)
     is_first = step == layout.tiles - 1
     incoming = tuple(
         jnp.where(is_first, x, y) for x, y in zip(layout.by_chunk(first[...]), earlier, strict=True)
@@ -371,5 +370,5 @@ def _adjoint_kernel(
     for part, value in enumerate(sums):
         for chunk in range(layout.chunks):
             of_weights[part, :, chunk * LANES : (chunk + 1) * LANES] += value[chunk]
-    for part, block in enumerate((of_u_0, of_u_1, of_u_2)):
-        layout.turn_out(us.at[part], block)
+    for part in range(3):
+        layout.turn_out(us.at[part], of_u_out.at[:, part])

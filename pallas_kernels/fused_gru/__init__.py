@@ -7,7 +7,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import recurrent_tiles
+from pallas_kernels import doors, recurrent_tiles
 from pallas_kernels.fused_gru.reference import CELL
 
 __all__ = ["fused_gru"]
@@ -23,6 +23,7 @@ def fused_gru(
     method: str = "auto",
     tile: int = 128,
     implementation: str | None = None,
+    channel_axes: tuple[str, ...] = doors.CHANNEL_AXES,
 ) -> jax.Array:
     """Returns the states of a gated recurrent unit with diagonal recurrent weights.
 
@@ -43,6 +44,9 @@ def fused_gru(
       tile: steps that Newton's method solves at once, from the exact end of the tile before.
       implementation: None | "xla" | "mosaic_tpu".
 
+      channel_axes: mesh axes that split H, if they divide it, where a kernel runs under
+        `jax.set_mesh`; all others that divide B split the batch.
+
     Returns:
       (B, T, H) in u's dtype.
 
@@ -57,7 +61,13 @@ def fused_gru(
     recurrent_tiles.checked(u, {"a": (a, 3)}, {"h0": h0}, method=method, **options)
     float64 = jnp.result_type(u, a) == jnp.float64
     config = recurrent_tiles.configure(
-        CELL, u, method=method, implementation=implementation, float64=float64, **options
+        CELL,
+        u,
+        method=method,
+        implementation=implementation,
+        channel_axes=channel_axes,
+        float64=float64,
+        **options,
     )
     first = jnp.zeros((u.shape[0], u.shape[-1]), a.dtype) if h0 is None else h0
     return recurrent_tiles.solve(config, u, a, first[None])[0]

@@ -7,7 +7,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import recurrent_tiles
+from pallas_kernels import doors, recurrent_tiles
 from pallas_kernels.fused_lstm.reference import CELL
 
 __all__ = ["fused_lstm"]
@@ -24,6 +24,7 @@ def fused_lstm(
     method: str = "auto",
     tile: int = 128,
     implementation: str | None = None,
+    channel_axes: tuple[str, ...] = doors.CHANNEL_AXES,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns memories and states of an LSTM with coupled gates and diagonal recurrent weights.
 
@@ -46,6 +47,9 @@ def fused_lstm(
       tile: steps that Newton's method solves at once, from the exact end of the tile before.
       implementation: None | "xla" | "mosaic_tpu".
 
+      channel_axes: mesh axes that split H, if they divide it, where a kernel runs under
+        `jax.set_mesh`; all others that divide B split the batch.
+
     Returns:
       (c, h), each (B, T, H) in u's dtype.
 
@@ -62,7 +66,13 @@ def fused_lstm(
     recurrent_tiles.checked(u, weights, states, method=method, **options)
     float64 = jnp.result_type(u, a, peephole) == jnp.float64
     config = recurrent_tiles.configure(
-        CELL, u, method=method, implementation=implementation, float64=float64, **options
+        CELL,
+        u,
+        method=method,
+        implementation=implementation,
+        channel_axes=channel_axes,
+        float64=float64,
+        **options,
     )
     zeros = jnp.zeros((2, u.shape[0], u.shape[-1]), a.dtype)
     first = zeros if state0 is None else jnp.stack([c0, h0])
