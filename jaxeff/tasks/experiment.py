@@ -29,6 +29,7 @@ TASKS = {
     "language_model": "jaxeff.tasks.language_model",
     "recurrent_language_model": "jaxeff.tasks.recurrent_language_model",
     "sequence_reward": "jaxeff.tasks.sequence_reward",
+    "synthetic_sequences": "jaxeff.tasks.synthetic_sequences",
 }
 
 

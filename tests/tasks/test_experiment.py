@@ -10,7 +10,8 @@ from jaxeff.training import ConfigError
 
 LANGUAGE_MODELS = ("lm_stdlib", "lm_moe", "lm_1b", "lm_8b")
 RECURRENT = ("pararnn_stdlib", "pararnn_7b")
-CONFIGS = (*LANGUAGE_MODELS, *RECURRENT, "bleu_translate")
+SYNTHETIC = ("pararnn_parity", "pararnn_synthetic")
+CONFIGS = (*LANGUAGE_MODELS, *RECURRENT, *SYNTHETIC, "bleu_translate")
 
 
 def test_every_shipped_config_is_known_here_and_says_what_it_is():
