@@ -10,6 +10,14 @@ from jaxeff.recurrent.diagnostics import (
     max_recurrent_weight,
 )
 from jaxeff.recurrent.generic import ParallelRNN
+from jaxeff.recurrent.language_model import (
+    ParaRNN,
+    ParaRNNConfig,
+    RecurrentCache,
+    count_parameters,
+    list_presets,
+    preset,
+)
 from jaxeff.recurrent.layers import ParaGRU, ParaLSTM
 from jaxeff.recurrent.newton import NewtonConfig, SolveInfo, System, parallel_rnn
 from jaxeff.recurrent.nonlinearities import NONLINEARITIES
@@ -23,15 +31,21 @@ __all__ = [
     "NewtonConfig",
     "ParaGRU",
     "ParaLSTM",
+    "ParaRNN",
+    "ParaRNNConfig",
     "ParallelRNN",
+    "RecurrentCache",
     "SolveInfo",
     "System",
     "check_structure",
     "clip_recurrent",
+    "count_parameters",
     "diagnose_layer",
     "iterations_to_tolerance",
     "largest_lyapunov_exponent",
     "linear_recurrence",
+    "list_presets",
     "max_recurrent_weight",
     "parallel_rnn",
+    "preset",
 ]
