@@ -30,6 +30,7 @@ def linear_recurrence(
     method: str = "auto",
     implementation: str | None = None,
     block_sizes: Any = None,
+    channel_axes: tuple[str, ...] = doors.CHANNEL_AXES,
 ) -> jax.Array:
     """Returns all states h_t = A_t h_{t-1} + b_t of a linear recurrence.
 
@@ -48,6 +49,8 @@ def linear_recurrence(
         no implementation is to ask for XLA's.
       implementation: None | "xla" | "mosaic_tpu" | "triton".
       block_sizes: a `tpu.BlockSizes` or `gpu.BlockSizes` for the kernels; None takes the chip's.
+      channel_axes: mesh axes that split H, if they divide it, where a kernel runs under
+        `jax.set_mesh`; all others that divide B split the batch.
 
     Returns:
       the states, with shape and dtype of `b`.
@@ -66,7 +69,7 @@ def linear_recurrence(
         return b
     if implementation == "xla" and method == "auto":
         method = _faster_method(a)
-    run = _runner(implementation, method, block_sizes)
+    run = _runner(implementation, method, block_sizes, tuple(channel_axes))
     return _recurrence(run, bool(reverse), *sharded.varying_alike(a, b, h0))
 
 
@@ -80,6 +83,7 @@ def sharded_linear_recurrence(
     method: str = "auto",
     implementation: str | None = None,
     block_sizes: Any = None,
+    channel_axes: tuple[str, ...] = doors.CHANNEL_AXES,
 ) -> jax.Array:
     """`linear_recurrence` inside a `shard_map` that splits the steps over a mesh axis.
 
@@ -92,7 +96,7 @@ def sharded_linear_recurrence(
       axis_name: of the mesh axis; its order is that of time.
       h0: the state before the first step of the first device, or behind the last step of the last
         one with `reverse`; the same on all devices of the axis.
-      reverse, method, implementation, block_sizes: as for `linear_recurrence`.
+      reverse, method, implementation, block_sizes, channel_axes: as for `linear_recurrence`.
 
     Returns:
       the device's own states, with shape and dtype of `b`.
@@ -111,6 +115,7 @@ def sharded_linear_recurrence(
         method=method,
         implementation=implementation,
         block_sizes=block_sizes,
+        channel_axes=channel_axes,
     )
 
 
@@ -179,11 +184,11 @@ def _faster_method(a):
 
 
 @functools.lru_cache(maxsize=64)
-def _runner(implementation, method, block_sizes):
+def _runner(implementation, method, block_sizes, channel_axes):
     """The function of (a, b, h0, reverse, adjoint), made once so that it is compiled once."""
     if implementation == "xla":
         return functools.partial(_run_xla, getattr(reference, method))
-    return functools.partial(_run_kernel, implementation, block_sizes)
+    return functools.partial(_run_kernel, implementation, block_sizes, channel_axes)
 
 
 def _run_xla(algorithm, a, b, h0, *, reverse, adjoint=False):
@@ -192,18 +197,18 @@ def _run_xla(algorithm, a, b, h0, *, reverse, adjoint=False):
     return algorithm(a, b, h0, reverse=reverse)
 
 
-def _run_kernel(implementation, block_sizes, a, b, h0, *, reverse, adjoint=False):
-    return _kernel(implementation, block_sizes, reverse, adjoint)(a, b, h0)
+def _run_kernel(implementation, block_sizes, channel_axes, a, b, h0, *, reverse, adjoint=False):
+    return _kernel(implementation, block_sizes, channel_axes, reverse, adjoint)(a, b, h0)
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(implementation, block_sizes, reverse, adjoint):
+def _kernel(implementation, block_sizes, channel_axes, reverse, adjoint):
     if implementation == "mosaic_tpu":
         kernel = tpu.recurrence
     else:
         from pallas_kernels.linear_recurrence.gpu import recurrence as kernel
     options = {"reverse": reverse, "adjoint": adjoint, "block_sizes": block_sizes}
-    return doors.over_batch(functools.partial(kernel, **options))
+    return doors.over_batch(functools.partial(kernel, **options), channel_axes=channel_axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -121,7 +121,7 @@ def test_gradients_are_a_kernel_too(on_tpu, reverse):
 
 
 def test_a_vmapped_and_sharded_batch_is_the_same(on_tpu):
-    a, b, h0 = operands(7, 8, 20, 3)
+    a, b, h0 = operands(7, 8, 20, 6)
     solve = functools.partial(on_tpu, block_sizes=tpu.BlockSizes(time=33, groups=1))
     apart = [x.reshape(2, 4, *x.shape[1:]) for x in (a, b, h0)]
     mapped = jax.jit(jax.vmap(lambda a, b, h0: solve(a, b, h0=h0)))(*apart)
@@ -238,14 +238,25 @@ def test_odd_shapes_compile(scheduled, chip, dtype, blocks, shape):
 
 @pytest.mark.tpu_compile
 @pytest.mark.xdist_group("tpu_compile")
-def test_every_chip_of_a_mesh_runs_its_own_rows(tpu):
+@pytest.mark.parametrize("blocks", [None, 2])
+def test_every_chip_of_a_mesh_runs_its_own_rows_and_channels(tpu, blocks):
     from jaxeff.aot import target_mesh
 
-    mesh = target_mesh("v5e:2x2", (4,), ("data",))
-    rows = jax.NamedSharding(mesh, jax.P("data"))
-    spec = jax.ShapeDtypeStruct((8, 256, 128), jnp.float32, sharding=rows)
-    solve = functools.partial(linear_recurrence, implementation="mosaic_tpu")
-    report = tpu(solve, (spec, spec), "v5e:2x2", mesh=mesh)
-    (kernel,) = report.kernels
-    assert kernel.nbytes == pytest.approx(3 * 4 * 8 * 256 * 128 / 4, rel=0.02)
+    mesh = target_mesh("v5e:2x2", (2, 2), ("data", "tensor"))
+    inner = () if blocks is None else (blocks,)
+
+    def spec(*inner):
+        shape = (8, 256, *inner, 256)
+        sharding = jax.NamedSharding(mesh, jax.P("data", *[None] * (len(shape) - 2), "tensor"))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    def gradients(a, b, g):
+        solve = functools.partial(linear_recurrence, implementation="mosaic_tpu")
+        return jax.vjp(solve, a, b)[1](g)
+
+    report = tpu(gradients, (spec(*inner * 2), spec(*inner), spec(*inner)), "v5e:2x2", mesh=mesh)
+    arrays = 3 if blocks is None else blocks**2 + 2 * blocks
+    assert sum(kernel.count for kernel in report.kernels) == 2
+    for kernel in report.kernels:
+        assert kernel.nbytes == pytest.approx(arrays * 4 * 8 * 256 * 256 / 4, rel=0.02)
     assert not report.costs.collectives
