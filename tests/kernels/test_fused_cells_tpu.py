@@ -26,10 +26,14 @@ def operands(cell, batch, steps, width, dtype=jnp.float32):
 QUICKLY = {"xla_backend_optimization_level": 0}
 
 
-@functools.cache
 def interpreted(direction, config):
     kernel = getattr(recurrent_tiles_tpu, direction)
     run = functools.partial(kernel, config, interpret=True)
+    return jax.jit(run, compiler_options=QUICKLY)
+
+
+def defined(method, config):
+    run = functools.partial(getattr(recurrent_tiles, method), config)
     return jax.jit(run, compiler_options=QUICKLY)
 
 
@@ -51,11 +55,11 @@ def test_states_and_gradients_are_those_of_the_definition(cell, method, batch, s
     config = recurrent_tiles.Config(cell, method, "mosaic_tpu", 3, 0.9, 16)
     u, weights, first = operands(cell, batch, steps, width)
     by_row = jnp.broadcast_to(weights, (batch, *weights.shape)), jnp.moveaxis(first, 0, 1)
-    expected = getattr(recurrent_tiles, method)(config, u, weights, first)
+    expected = defined(method, config)(u, weights, first)
     found = interpreted("forward", config)(u, *by_row)
     np.testing.assert_allclose(jnp.stack(found), expected, atol=2e-6)
     grad = jnp.asarray(np.random.default_rng(0).normal(size=expected.shape), jnp.float32)
-    exact = recurrent_tiles.adjoint(config, u, weights, first, expected, grad)
+    exact = defined("adjoint", config)(u, weights, first, expected, grad)
     of_u, of_weights, of_first = interpreted("adjoint", config)(u, *by_row, *expected, *grad)
     by_kernel = of_u, of_weights.sum(0), jnp.moveaxis(of_first, 1, 0)
     for x, y in zip(by_kernel, exact, strict=True):
@@ -70,7 +74,7 @@ def test_bf16_projections_give_bf16_states(cell):
     u, weights, first = operands(cell, 2, 17, 128, jnp.bfloat16)
     by_row = jnp.broadcast_to(weights, (2, *weights.shape)), jnp.moveaxis(first, 0, 1)
     found = interpreted("forward", config)(u, *by_row)
-    exact = recurrent_tiles.sequential(config, u.astype(jnp.float32), weights, first)
+    exact = defined("sequential", config)(u.astype(jnp.float32), weights, first)
     for states, expected in zip(found, exact, strict=True):
         assert states.dtype == jnp.bfloat16
         np.testing.assert_allclose(states.astype(jnp.float32), expected, atol=1e-2)
