@@ -26,6 +26,7 @@ from jaxeff.language.layers import RMSNorm
 from jaxeff.language.losses import cross_entropy
 from jaxeff.recurrent import NewtonConfig, ParaGRU, ParaLSTM, clip_recurrent
 from jaxeff.recurrent.baselines import CausalAttention, DiagonalRecurrence
+from jaxeff.recurrent.diagnostics import LayerDiagnosis, diagnose_layer
 from jaxeff.recurrent.language_model import CausalConv
 from jaxeff.tasks.experiment import Experiment
 from jaxeff.training.config import ConfigError, require
@@ -133,7 +134,7 @@ class SequenceModel(nn.Module):
             x = x + sinusoids(tokens.shape[1], config.width)
         h = RMSNorm(1e-5, name="norm")(x)
         if config.block == "bare":
-            x = mixed = self.mixer()(h)
+            x = mixed = self.mix(h)
         else:
             x, mixed = self.gated(x, h)
         x = RMSNorm(1e-5, name="final_norm")(x)
@@ -144,17 +145,18 @@ class SequenceModel(nn.Module):
         config = self.config
         y, gate = jnp.split(nn.Dense(2 * config.width, use_bias=False, name="in_proj")(h), 2, -1)
         before = jnp.zeros((len(y), config.conv_size - 1, config.width))
-        mixed = self.mixer()(nn.silu(CausalConv(config.conv_size, name="conv")(y, before)))
+        mixed = self.mix(nn.silu(CausalConv(config.conv_size, name="conv")(y, before)))
         y = RMSNorm(1e-5, name="mixer_norm")(mixed) * nn.silu(gate)
         scale = self.param("scale", nn.initializers.ones, ())
         return scale * x + nn.Dense(config.width, use_bias=False, name="out_proj")(y), mixed
 
-    def mixer(self):
+    def mix(self, x):
         config = self.config
+        self.sow("intermediates", "mixer_input", x)
         sizes = {"features": config.width, "num_heads": config.num_heads, "name": "mixer"}
         if config.mixer in BASELINES:
-            return BASELINES[config.mixer](**sizes)
-        return CELLS[config.mixer](newton=config.newton, method=config.method, **sizes)
+            return BASELINES[config.mixer](**sizes)(x)
+        return CELLS[config.mixer](newton=config.newton, method=config.method, **sizes)(x)
 
 
 class SyntheticSequenceTask:
@@ -253,19 +255,21 @@ class SyntheticSequenceTask:
         ``accuracy_L`` is over all positions of sequences of length L that have a target,
         ``last_accuracy_L`` over the last of each sequence. For the nonlinear cells also the same
         with the weights run step by step (``sequential_...``), the largest difference of the
-        outputs from those (``state_difference_L``), ``max_abs_a``, the largest recurrent weight,
-        and ``newton_iterations``: how many iterations sequences of the training length take to come
-        within ``options.tolerance`` of the sequential states.
+        outputs from those (``state_difference_L``), and on one batch of the training length
+        ``newton_iterations``: after how many all states are within ``options.tolerance`` of the
+        sequential ones (-1: never, which rounding can do where states are large), the mean
+        ``lyapunov_exponent`` and the ``max_recurrent_weight``.
         """
         del extra
         metrics = {}
         for length in dict.fromkeys((self.data.seq_len, *self.options.eval_lengths)):
             metrics |= self._evaluate_length(params, place, length)
         if self.config.mixer in CELLS:
-            weights = jax.device_get(params["mixer"]["a"])
-            metrics["max_abs_a"] = float(abs(weights).max())
             tokens = next(self._evaluation_batches(place, self.data.seq_len))["tokens"]
-            metrics["newton_iterations"] = float(self.newton_iterations(params, tokens))
+            diagnosis = self._diagnose(params, tokens)
+            metrics["max_recurrent_weight"] = float(diagnosis.max_recurrent_weight)
+            metrics["lyapunov_exponent"] = float(jnp.mean(diagnosis.lyapunov_exponent))
+            metrics["newton_iterations"] = float(diagnosis.convergence.iterations)
         return metrics
 
     def _evaluate_length(self, params, place, length) -> dict[str, float]:
@@ -291,28 +295,21 @@ class SyntheticSequenceTask:
         ):
             yield place(batch)
 
-    def newton_iterations(self, params: Any, tokens: jax.Array) -> int:
-        """Returns how many Newton iterations it takes until all of the sequences have converged.
+    def diagnose(self, params: Any, tokens: jax.Array) -> LayerDiagnosis:
+        """Returns how Newton's method does on tokens (B, T), with up to T iterations."""
+        _, sown = self.model.apply({"params": params}, tokens, mutable="intermediates")
+        (x,) = sown["intermediates"]["mixer_input"]
+        cell = CELLS[self.config.mixer](
+            features=self.config.width, num_heads=self.config.num_heads, newton=self.config.newton
+        )
+        variables = {"params": params["mixer"]}
+        return diagnose_layer(
+            cell, variables, x, tolerance=self.options.tolerance, max_iterations=tokens.shape[1]
+        )
 
-        That is, until the outputs are within ``options.tolerance`` of the sequential ones. Tokens
-        (B, T); T iterations are always enough.
-        """
-        for count in range(1, tokens.shape[1]):
-            if float(self._distance_after(count)(params, tokens)) <= self.options.tolerance:
-                return count
-        return tokens.shape[1]
-
-    @functools.lru_cache  # noqa: B019
-    def _distance_after(self, count):
-        newton = dataclasses.replace(self.config.newton, num_iterations=count, tolerance=0.0)
-        config = dataclasses.replace(self.config, newton=newton, method="newton")
-        models = SequenceModel(config, self.data.vocab_size), self._with_method("sequential")
-
-        def distance(params, tokens):
-            states, exact = (model.apply({"params": params}, tokens)[1] for model in models)
-            return jnp.max(jnp.abs(states - exact))
-
-        return jax.jit(distance)
+    @functools.cached_property
+    def _diagnose(self):
+        return jax.jit(self.diagnose)
 
     def report(self, params: Any | None, evaluation: dict[str, float]) -> str:
         """Returns a closing text: accuracies by length and how far Newton's method came."""
@@ -328,14 +325,17 @@ class SyntheticSequenceTask:
             lines.append(line)
         if self.config.mixer not in CELLS:
             return "\n".join(lines)
-        lines.append(f"largest recurrent weight {evaluation['max_abs_a']:.2f}")
+        lines.append(
+            f"largest recurrent weight {evaluation['max_recurrent_weight']:.2f}, "
+            f"Lyapunov exponent {evaluation['lyapunov_exponent']:.2f}"
+        )
         counts = f"{evaluation['newton_iterations']:.0f} at the end"
         if params is not None:
-            tokens = jnp.asarray(
-                next(evaluation_batches(self.data, 64, self.data.seq_len))["tokens"]
-            )
+            size, length = self.data.batch_size, self.data.seq_len
+            tokens = jnp.asarray(next(evaluation_batches(self.data, size, length))["tokens"])
             fresh, _ = self.init(jax.random.key(self._seed), {"tokens": tokens})
-            counts = f"{self.newton_iterations(unbox(fresh), tokens)} at initialisation, {counts}"
+            first = self._diagnose(unbox(fresh), tokens).convergence.iterations
+            counts = f"{int(first)} at initialisation, {counts}"
         lines.append(
             f"Newton iterations to {self.options.tolerance:.0e} at length {self.data.seq_len}: "
             f"{counts}; trained with {self.config.newton.num_iterations}"
