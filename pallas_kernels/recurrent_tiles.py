@@ -19,6 +19,7 @@ from pallas_kernels.linear_recurrence import reference as recurrence
 from pallas_kernels.linear_recurrence.sharded import varying_alike
 
 METHODS = ("auto", "newton", "sequential")
+MOST_TRITON_STEPS = 256  # of a tile, what fits into registers
 
 
 class Cell(NamedTuple):
@@ -210,9 +211,12 @@ def _kernel(config, direction):
     states (B, T, H) in u's dtype. adjoint(config, u, weights, first, *states, *grads), with m
     arrays each of states and their gradients, makes those of u, weights and first.
     """
-    from pallas_kernels import recurrent_tiles_tpu
+    if config.implementation == "triton":
+        from pallas_kernels import recurrent_tiles_gpu as kernels
+    else:
+        from pallas_kernels import recurrent_tiles_tpu as kernels
 
-    run = functools.partial(getattr(recurrent_tiles_tpu, direction), config)
+    run = functools.partial(getattr(kernels, direction), config)
     return doors.over_batch(run, channel_axes=config.channel_axes)
 
 
@@ -267,10 +271,28 @@ def configure(
     refusals = {
         "xla": lambda: None,
         "mosaic_tpu": lambda: recurrent_tiles_tpu.refusal(u, method, tile, float64=float64),
+        "triton": lambda: _triton_refusal(u, method, tile, float64=float64),
     }
     choice = doors.choose_implementation(implementation, refusals)
     if method == "auto":
-        # With gates of diagonal weights, one pass of whole registers beats three iterations.
-        method = "sequential" if choice == "mosaic_tpu" else "newton"
+        # On TPU one pass of whole registers takes a third of the cycles of three iterations. On GPU
+        # it issues a fifth as many instructions (LSTM: a seventh), each step waiting for the one
+        # before, which by their count pays from some ten thousand channels (of all rows) on a
+        # device, as in training; and it is exact for all weights. No GPU has timed it yet.
+        method = "newton" if choice == "xla" else "sequential"
     numbers = int(num_iterations), float(damping), int(tile)
     return Config(cell, method, choice, *numbers, tuple(channel_axes))
+
+
+def _triton_refusal(u, method, tile, *, float64):
+    """Returns why the Triton kernels cannot serve a call, if so."""
+    if method == "newton":
+        if tile < u.shape[1] and tile & (tile - 1):
+            return f"tile={tile} is not a power of two"
+        if min(tile, u.shape[1]) > MOST_TRITON_STEPS:
+            return f"tile={tile} is above {MOST_TRITON_STEPS}"
+    if float64:
+        return "its arithmetic is float32, and an operand is float64"
+    if u.size == 0:
+        return f"u of shape {u.shape} is empty"
+    return doors.triton_refusal()

@@ -39,11 +39,11 @@ def fused_gru(
       num_iterations: Newton iterations. After k of them the first k + 1 steps of each tile are
         exact; with max |a| above 1 they may diverge.
       damping: factor of each Newton correction, between 0 and 2.
-      method: "newton", "sequential" (one pass over time, exact), or "auto": sequential where the
-        TPU kernel serves, Newton otherwise.
-      tile: steps that Newton's method solves at once, from the exact end of the tile before.
-      implementation: None | "xla" | "mosaic_tpu".
-
+      method: "newton", "sequential" (one pass over time, exact), or "auto": sequential where a
+        kernel serves, Newton otherwise.
+      tile: steps that Newton's method solves at once, from the exact end of the tile before. The
+        kernels take up to 256: multiples of 8 on TPU, powers of two on GPU.
+      implementation: None | "xla" | "mosaic_tpu" | "triton".
       channel_axes: mesh axes that split H, if they divide it, where a kernel runs under
         `jax.set_mesh`; all others that divide B split the batch.
 

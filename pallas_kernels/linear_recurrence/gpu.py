@@ -40,12 +40,12 @@ class BlockSizes:
 
 
 @triton.jit
-def _compose1(p, u, q, v):
+def compose1(p, u, q, v):
     return q * p, q * u + v
 
 
 @triton.jit
-def _compose2(p00, p01, p10, p11, u0, u1, q00, q01, q10, q11, v0, v1):
+def compose2(p00, p01, p10, p11, u0, u1, q00, q01, q10, q11, v0, v1):
     return (
         q00 * p00 + q01 * p10,
         q00 * p01 + q01 * p11,
@@ -57,7 +57,7 @@ def _compose2(p00, p01, p10, p11, u0, u1, q00, q01, q10, q11, v0, v1):
 
 
 @triton.jit
-def _compose3(
+def compose3(
     p00, p01, p02, p10, p11, p12, p20, p21, p22, u0, u1, u2,
     q00, q01, q02, q10, q11, q12, q20, q21, q22, v0, v1, v2,
 ):  # fmt: skip
@@ -188,7 +188,7 @@ def diagonal_kernel(
         order = start + tl.arange(0, block_time)
         p = _entry(a_ptr, order, channel, 0, 0, steps, channels, 1, reverse, adjoint)
         u = _offset(b_ptr, order, channel, 0, steps, channels, 1, reverse)
-        p, u = tl.associative_scan((p, u), 0, _compose1)
+        p, u = tl.associative_scan((p, u), 0, compose1)
         h = p * c[None, :] + u
         _save(out_ptr, h, order, channel, 0, steps, channels, 1, reverse)
         c = _last(h, block_time)
@@ -218,7 +218,7 @@ def block2_kernel(
         p11 = _entry(a_ptr, order, channel, 1, 1, steps, channels, 2, reverse, adjoint)
         u0 = _offset(b_ptr, order, channel, 0, steps, channels, 2, reverse)
         u1 = _offset(b_ptr, order, channel, 1, steps, channels, 2, reverse)
-        p00, p01, p10, p11, u0, u1 = tl.associative_scan((p00, p01, p10, p11, u0, u1), 0, _compose2)
+        p00, p01, p10, p11, u0, u1 = tl.associative_scan((p00, p01, p10, p11, u0, u1), 0, compose2)
         h0 = p00 * c0[None, :] + p01 * c1[None, :] + u0
         h1 = p10 * c0[None, :] + p11 * c1[None, :] + u1
         _save(out_ptr, h0, order, channel, 0, steps, channels, 2, reverse)
@@ -258,7 +258,7 @@ def block3_kernel(
         u1 = _offset(b_ptr, order, channel, 1, steps, channels, 3, reverse)
         u2 = _offset(b_ptr, order, channel, 2, steps, channels, 3, reverse)
         p00, p01, p02, p10, p11, p12, p20, p21, p22, u0, u1, u2 = tl.associative_scan(
-            (p00, p01, p02, p10, p11, p12, p20, p21, p22, u0, u1, u2), 0, _compose3
+            (p00, p01, p02, p10, p11, p12, p20, p21, p22, u0, u1, u2), 0, compose3
         )
         h0 = p00 * c0[None, :] + p01 * c1[None, :] + p02 * c2[None, :] + u0
         h1 = p10 * c0[None, :] + p11 * c1[None, :] + p12 * c2[None, :] + u1
