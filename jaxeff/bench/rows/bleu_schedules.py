@@ -1,8 +1,6 @@
 """Cycles of BLEU on TPUs that are not there, by the compiler's static schedules.
 
-``python -m jaxeff.bench.rows.bleu_schedules CHIP BATCHxLENGTHxREFERENCES...`` prints them as JSON;
-`measure_schedules` runs it in processes of its own, since the compiler reads its settings when it
-is loaded and should not take memory from what is timed.
+``python -m jaxeff.bench.rows.bleu_schedules CHIP BATCHxLENGTHxREFERENCES...`` prints them as JSON.
 """
 
 from __future__ import annotations
@@ -10,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,9 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxeff.aot import environment
-from jaxeff.aot.targets import parse_target
-from jaxeff.bench.measure import BenchError
+from jaxeff.bench.rows import static_schedules
 from jaxeff.metrics.bleu import sentence_bleu
 from pallas_kernels.ngram_counts import tpu
 
@@ -115,35 +109,19 @@ def measure_schedules(chips: Sequence[str], cells: Sequence[Cell]) -> list[tuple
     Raises:
       BenchError: when one fails, with the last line of what it said.
     """
-    processes = [_start(chip, cells) for chip in chips]
-    outputs = [process.communicate() for process in processes]
+    module = "jaxeff.bench.rows.bleu_schedules"
+    outputs = static_schedules.from_processes(module, chips, [str(cell) for cell in cells])
     found = []
-    for chip, process, (output, errors) in zip(chips, processes, outputs, strict=True):
-        if process.returncode:
-            reason = (errors.strip().splitlines() or ["no message"])[-1]
-            raise BenchError(f"the schedules for {chip} failed: {reason}")
-        found += zip(cells, (Schedule(**entry) for entry in json.loads(output)), strict=True)
+    for entries in outputs:
+        found += zip(cells, (Schedule(**entry) for entry in entries), strict=True)
     return found
-
-
-def _start(chip, cells):
-    return subprocess.Popen(
-        [sys.executable, "-m", "jaxeff.bench.rows.bleu_schedules", chip, *map(str, cells)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the schedules of the cells on one chip."""
     chip, *cells = arguments
-    jax.config.update("jax_platforms", "cpu")
-    environment.prepare(parse_target(chip))
-    from jaxeff.aot import compile_for_target
-
-    found = [schedule(compile_for_target, chip, Cell(*map(int, cell.split("x")))) for cell in cells]
+    compile_for = static_schedules.compiler_for(chip)
+    found = [schedule(compile_for, chip, Cell(*map(int, cell.split("x")))) for cell in cells]
     print(json.dumps([dataclasses.asdict(entry) for entry in found]))
 
 
