@@ -229,7 +229,7 @@ def _read_program(name: str, text: str) -> _Program:
         Loop(
             depths[first],
             first,
-            _with_delay_slots(last, depths[first], texts, depths),
+            _with_delay_slots(last, depths[first], texts, depths, heads.values()),
             _trips(predicate, scalars),
         )
         for first, last, predicate in sorted(branches)
@@ -254,15 +254,17 @@ def _trips(predicate: str, scalars: dict[str, tuple[str, str]]) -> int | None:
     return math.ceil((int(test.group(2)) - start) / step)
 
 
-def _with_delay_slots(branch: int, level: int, texts, depths) -> int:
+def _with_delay_slots(branch: int, level: int, texts, depths, heads) -> int:
     """Address of the last bundle that runs after a backward branch was issued.
 
-    Branch delay slots are empty, or hold work of the loop; what follows them is outside of it.
+    Branch delay slots are empty, or hold work of the loop; what follows them is outside of it, and
+    may be the head of the next loop.
     """
     last = branch
     while (
         last + 1 in texts
         and last - branch < 8
+        and last + 1 not in heads
         and (depths[last + 1] >= level or re.fullmatch(r"\s*\}.*", texts[last + 1]))
     ):
         last += 1

@@ -79,6 +79,23 @@ def test_a_loop_need_not_start_at_zero():
     assert parse_schedule("kernel", text, "", V5E).loops[1].trips == 4
 
 
+def test_a_loop_ends_where_the_next_one_begins():
+    second = """
+   0x9 LB: >> { %s20_s3 = sphi %s2_s0, %s21_s3 } /* Start region 13 */
+   0xa   : >> { %s21_s3 = sadd.s32 1, %s20_s3  ;;  %p22_p3 = scmp.ge.s32.totalorder %s21_s3, 5 }
+   0xb   : > { %23 = sbr.rel (!%p22_p3) target = $region13 }"""
+    before, _, after = BUNDLES.partition("\n   0x9   :  {} /* End region 11 */")
+    for address in range(0xF, 0x9, -1):
+        after = after.replace(f"   {address:#x} ", f"   {address + 2:#x} ")
+    schedule = parse_schedule("kernel", before + second + after, "", V5E)
+    grid, first, then = schedule.loops
+    assert (first.first, first.last, first.trips) == (0x4, 0x8, 24)
+    assert (then.first, then.trips) == (0x9, 5)
+    inside = 5 * 24 + 5 * (then.last - then.first + 1)
+    outside = grid.last - grid.first + 1 - 5 - (then.last - then.first + 1)
+    assert schedule.total_bundles == 2 + 8 * (inside + outside)
+
+
 def test_slots_give_spills_and_the_share_of_reserved_matrix_units():
     rows = [[0] * 11 for _ in range(16)]
     rows[5][0], rows[6][0] = 2, 4

@@ -166,15 +166,8 @@ def scheduled(tpu):
 
 
 def cycles(schedule):
-    """Bundles of a call, where loops that follow one another share no bundle."""
-    grid, *inner = schedule.loops
-    assert all(loop.depth == 2 for loop in inner)
-    ends = [later.first - 1 for later in inner[1:]] + [grid.last]
-    step = grid.last - grid.first + 1
-    for loop, end in zip(inner, ends, strict=True):
-        # The bound of a loop with two passes is not found; no loop has another that is not.
-        step += ((loop.trips or 2) - 1) * (min(loop.last, end) - loop.first + 1)
-    return schedule.bundles + (schedule.grid_steps - 1) * step
+    """Bundles of a call; the bound of a loop with two passes is not found, others are."""
+    return schedule.bundles_with([loop.trips or 2 for loop in schedule.loops])
 
 
 def least_cycles(chip, nbytes):
