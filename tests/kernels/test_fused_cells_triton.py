@@ -69,6 +69,68 @@ def test_on_a_gpu_the_door_takes_the_pass_over_time_by_itself(cuda, cell):
 
 
 @pytest.mark.cuda_compile
+@BOTH
+@pytest.mark.parametrize("method", ["newton", "sequential"])
+def test_projections_are_read_once_and_states_written_once(cuda, cell, method):
+    pytest.importorskip("jax_triton")
+    given = operands(cell, (8, 2048, 1024), "bfloat16")
+    options = {"method": method, "num_iterations": 5, "implementation": "triton"}
+    report = cuda(functools.partial(CELLS[cell], **options), given, "h100")
+    states = 1 if cell == "fused_gru" else 2
+    whole = (3 + states) * 8 * 2048 * 1024 * 2
+    assert whole < report.costs.hbm_bytes < 1.01 * whole
+
+
+@pytest.mark.slow
+@pytest.mark.cuda_compile
+@BOTH
+def test_without_kernels_newtons_method_moves_fifty_times_the_bytes(cuda, cell):
+    pytest.importorskip("jax_triton")
+    given = operands(cell, (8, 2048, 1024), "bfloat16")
+
+    def moved(implementation):
+        solve = functools.partial(CELLS[cell], method="newton", implementation=implementation)
+        return cuda(solve, given, "h100").costs.hbm_bytes
+
+    assert moved("xla") > 50 * moved("triton")
+
+
+@pytest.mark.cuda_compile
+@BOTH
+def test_a_vmapped_axis_joins_the_rows_of_the_batch(cuda, cell):
+    pytest.importorskip("jax_triton")
+    given = [
+        jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in operands(cell, (3, 9, 33), "float32")
+    ]
+    report = cuda(jax.vmap(functools.partial(CELLS[cell], implementation="triton")), given, "h100")
+    (kernel,) = report.kernels
+    assert kernel.resources.blocks == 2 * 3 * 2
+
+
+@pytest.mark.cuda_compile
+@pytest.mark.parametrize("cell", ["fused_gru", pytest.param("fused_lstm", marks=pytest.mark.slow)])
+def test_on_several_gpus_each_runs_the_kernels_on_its_own_rows(cuda, cell):
+    pytest.importorskip("jax_triton")
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxeff.aot import target_mesh
+
+    mesh = target_mesh("h100:4", (4,), ("data",))
+    given = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+        for x, axes in zip(operands(cell, (8, 64, 64), "bfloat16"), (("data",), (), ()))
+    ]
+
+    def loss(*given):
+        states = jax.tree.leaves(CELLS[cell](*given))
+        return sum((x.astype(jnp.float32) ** 2).sum() for x in states)
+
+    report = cuda(jax.grad(loss, argnums=range(len(given))), given, "h100:4")
+    found = {kernel.resources.entry: kernel.resources.blocks for kernel in report.kernels}
+    assert found == {f"{cell}_sequential": 2 * 2, f"{cell}_adjoint": 2 * 2}
+
+
+@pytest.mark.cuda_compile
 def test_what_the_kernels_do_not_serve_is_refused(cuda):
     pytest.importorskip("jax_triton")
 
