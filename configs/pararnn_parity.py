@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     config.task = "synthetic_sequences"
     config.seed = 0
     config.model = ConfigDict({"mixer": "gru", "width": 32, "num_heads": 1})
+    config.model.newton = ConfigDict({"num_iterations": 31, "tolerance": 1e-4})
     config.data = ConfigDict({"task": "parity", "seq_len": 32, "batch_size": 32, "vocab_size": 2})
     config.optimizer = ConfigDict(
         {

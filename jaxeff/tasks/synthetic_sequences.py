@@ -333,7 +333,7 @@ class SyntheticSequenceTask:
         if params is not None:
             size, length = self.data.batch_size, self.data.seq_len
             tokens = jnp.asarray(next(evaluation_batches(self.data, size, length))["tokens"])
-            fresh, _ = self.init(jax.random.key(self._seed), {"tokens": tokens})
+            fresh, _ = jax.jit(self.init)(jax.random.key(self._seed), {"tokens": tokens})
             first = self._diagnose(unbox(fresh), tokens).convergence.iterations
             counts = f"{int(first)} at initialisation, {counts}"
         lines.append(
