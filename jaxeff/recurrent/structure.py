@@ -33,7 +33,7 @@ def check_structure(
     rank = 3 if structure == "block" else 2
     if h.ndim != rank:
         raise ValueError(f"h has shape {h.shape}, expected {rank} axes for {structure!r}")
-    jacobian = jnp.abs(jax.jacfwd(lambda h: step_fn(params, x, h))(h))
+    jacobian = jnp.abs(jax.jit(jax.jacfwd(lambda h: step_fn(params, x, h)))(h))
     if jacobian.shape != h.shape * 2:
         raise ValueError(
             f"step_fn maps {h.shape} to {jacobian.shape[: -h.ndim]}, expected the same"

@@ -76,6 +76,7 @@ def test_states_and_gradients_are_those_of_one_device(name):
     assert_same(graded(name, "time", newton=newton), graded(name, newton=newton))
 
 
+@pytest.mark.slow
 def test_iterations_stop_when_the_largest_residual_of_all_devices_is_small():
     newton = NewtonConfig(20, tolerance=1e-5)
     split, whole = (graded("gru", axis, newton=newton) for axis in ("time", None))
@@ -96,11 +97,12 @@ def test_the_fallback_answers_where_newton_diverges():
         np.testing.assert_allclose(g, e, atol=1e-4 * np.abs(e).max())
 
 
-@pytest.mark.parametrize("cell", [ParaGRU, ParaLSTM])
+@pytest.mark.parametrize("cell", [pytest.param(ParaGRU, marks=pytest.mark.slow), ParaLSTM])
 def test_a_module_runs_on_its_share_of_the_steps(cell):
     whole, part = (cell(4, num_heads=2, axis_name=axis) for axis in (None, "time"))
     x = jax.random.normal(jax.random.key(0), (2, STEPS, 6))
-    variables = whole.init(jax.random.key(1), x)
+    start = functools.partial(whole.init, method="step")
+    variables = jax.jit(start)(jax.random.key(1), whole.initial_state(2), x[:, 0])
     state = jax.tree.map(lambda s: s + 0.3, whole.initial_state(2))
     reset = jnp.zeros((2, STEPS), bool).at[0, 9].set(True).at[1, 12].set(True)
     lengths = jnp.array([0, 13])
@@ -145,7 +147,12 @@ def test_what_travels_does_not_grow_with_the_steps():
 
 
 @pytest.mark.parametrize(
-    ("name", "scale", "check_vma"), [("gru", 2.0, True), ("gru", 2.0, False), ("lstm", 3.0, True)]
+    ("name", "scale", "check_vma"),
+    [
+        ("gru", 2.0, True),
+        pytest.param("gru", 2.0, False, marks=pytest.mark.slow),
+        pytest.param("lstm", 3.0, True, marks=pytest.mark.slow),
+    ],
 )
 def test_batch_and_time_are_split_together(name, scale, check_vma):
     newton = NewtonConfig(5, tolerance=1e-4, fallback="sequential")
