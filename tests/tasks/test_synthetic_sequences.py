@@ -230,3 +230,27 @@ def test_a_length_too_short_for_the_task_is_refused_before_training():
     task = make_task(experiment(data=data, options={"eval_lengths": (5,)}))
     with pytest.raises(ConfigError, match=r"config.data: num_pairs is 2; expected 1 to 1"):
         task.train_iterator(0, 1)
+
+
+# --- the claim ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_parity_is_learnt_through_newton_and_by_no_linear_recurrence(tmp_path):
+    """Shortened from the config: right on lengths seen and beyond, and the same step by step."""
+
+    def run(mixer):
+        short = {"model.mixer": mixer, "training.num_steps": "800", "options.eval_lengths": "(64,)"}
+        parity = load_experiment("pararnn_parity", short)
+        return make_trainer(parity, devices=ONE).fit(tmp_path / mixer).evaluation
+
+    nonlinear, linear = run("gru"), run("linear")
+    for length in (32, 64):
+        for name in ("accuracy", "last_accuracy"):
+            assert nonlinear[f"{name}_{length}"] == 1.0
+            assert nonlinear[f"sequential_{name}_{length}"] == 1.0
+        assert nonlinear[f"state_difference_{length}"] < 1e-2
+        assert 0.4 < linear[f"last_accuracy_{length}"] < 0.6
+        assert linear[f"accuracy_{length}"] < 0.65
+    # Weights above 1 are what parity needs, and what three iterations are not enough for.
+    assert nonlinear["max_recurrent_weight"] > 1 and nonlinear["newton_iterations"] > 3
