@@ -12,15 +12,14 @@ The batch of step ``s`` has the key ``(seed, s)``. Of ``P`` processes, number ``
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from jaxeff.data.loader import DataStateError, Shard
+from jaxeff.data.generated import Batch, GeneratedIterator
+from jaxeff.data.loader import Shard
 
-Batch = dict[str, np.ndarray]
 Key = tuple[int, int]
 
 # The first half of the key of evaluation sequences; seeds of runs are below 2**63.
@@ -191,80 +190,12 @@ class SyntheticSequenceConfig:
         return function(key, count, length, **{name: getattr(self, name) for name in fields})
 
 
-class SyntheticSequenceIterator:
-    """An endless iterator over the training batches of one process.
+class SyntheticSequenceIterator(GeneratedIterator):
+    """The training batches of a `SyntheticSequenceConfig`; see `GeneratedIterator`."""
 
-    Args:
-      config: the task and its batches.
-      seed: of the sequences, used where ``config.seed`` is None.
-      process_index, process_count: which part of each batch to hold.
-
-    Raises:
-      ValueError: the batch cannot be divided among the processes, or the seed is out of range.
-
-    Attributes:
-      step: the batch that ``next()`` returns.
-      wait_seconds: total time spent in ``next()``.
-    """
-
-    def __init__(
-        self,
-        config: SyntheticSequenceConfig,
-        *,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        self.step = 0
-        self.wait_seconds = 0.0
-        self._config = config
-        self._seed = seed if config.seed is None else config.seed
-        _check(0 <= self._seed < 2**63, "seed", self._seed, "in [0, 2**63)")
-        self._rows = Shard(config.batch_size, process_index, process_count).rows()
-
-    def batch(self, step: int) -> Batch:
-        """Builds this process's rows of the batch of any step."""
-        config = self._config
-        whole = config.draw((self._seed, step), config.batch_size, config.seq_len)
-        return {name: rows[self._rows] for name, rows in whole.items()}
-
-    def __iter__(self) -> SyntheticSequenceIterator:
-        return self
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        batch = self.batch(self.step)
-        self.step += 1
-        self.wait_seconds += time.perf_counter() - started
-        return batch
-
-    def get_state(self) -> dict[str, Any]:
-        """Returns the position and what it is a position in; can be written as JSON."""
-        return {"step": self.step, **self._identity()}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues exactly where an iterator with this ``get_state()`` was.
-
-        Raises:
-          DataStateError: the state was taken from other data; the message lists what differs.
-        """
-        differences = [
-            f"{name} changed (saved {state.get(name)!r}, now {value!r})"
-            for name, value in self._identity().items()
-            if state.get(name) != value
-        ]
-        if differences or "step" not in state:
-            raise DataStateError(
-                f"cannot continue at step {state.get('step')} of the saved data: "
-                + "; ".join(differences or ["it has no step"])
-            )
-        self.step = int(state["step"])
-
-    def _identity(self) -> dict[str, Any]:
-        return dataclasses.asdict(self._config) | {"seed": int(self._seed)}
-
-    def close(self) -> None:
-        """Nothing to stop: batches are built when they are asked for."""
+    def whole_batch(self, step: int) -> Batch:
+        """Draws the sequences of a step."""
+        return self.config.draw((self.seed, step), self.config.batch_size, self.config.seq_len)
 
 
 def evaluation_batches(

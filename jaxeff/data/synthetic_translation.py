@@ -13,15 +13,13 @@ rows ``[p * batch_size / P, (p + 1) * batch_size / P)``, so the global batch doe
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from jaxeff.data.loader import DataStateError, Shard
-
-Batch = dict[str, np.ndarray]
+from jaxeff.data.generated import Batch, GeneratedIterator
+from jaxeff.data.loader import Shard
 
 PAD_ID, EOS_ID, SEPARATOR_ID = 0, 1, 2
 FIRST_WORD_ID = 3
@@ -200,84 +198,20 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-class TranslationIterator:
-    """An endless iterator over the training batches of one process.
+class TranslationIterator(GeneratedIterator):
+    """The training batches of a `TranslationConfig`; see `GeneratedIterator`, `Language.batch`."""
 
-    Args:
-      config: of the language and its batches.
-      seed: of the sentences, used where ``config.seed`` is None.
-      process_index, process_count: which part of each batch to hold.
+    EVALUATION_SETTINGS = ("heldout_sentences",)
 
-    Raises:
-      ValueError: the batch cannot be divided among the processes, or the seed is out of range.
-
-    Attributes:
-      step: the batch that ``next()`` returns.
-      wait_seconds: total time spent in ``next()``.
-    """
-
-    def __init__(
-        self,
-        config: TranslationConfig,
-        *,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        self.step = 0
-        self.wait_seconds = 0.0
-        self._config = config
-        self._seed = seed if config.seed is None else config.seed
-        _check(0 <= self._seed < 2**63, "seed", self._seed, "in [0, 2**63)")
+    def __init__(self, config: TranslationConfig, **which: Any):
+        super().__init__(config, **which)
         self._language = Language(config)
-        self._rows = Shard(config.batch_size, process_index, process_count).rows()
 
-    def batch(self, step: int) -> Batch:
-        """Builds this process's rows of the batch of any step; see ``Language.batch``."""
-        generator = np.random.Philox(key=[self._seed, step])
-        words, lengths = self._language.draw(generator, self._config.batch_size, heldout=False)
-        return self._language.batch(words[self._rows], lengths[self._rows])
-
-    def __iter__(self) -> TranslationIterator:
-        return self
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        batch = self.batch(self.step)
-        self.step += 1
-        self.wait_seconds += time.perf_counter() - started
-        return batch
-
-    def get_state(self) -> dict[str, Any]:
-        """Returns the position and what it is a position in; can be written as JSON."""
-        return {"step": self.step, **self._identity()}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues exactly where an iterator with this ``get_state()`` was.
-
-        Raises:
-          DataStateError: the state was taken from other data; the message lists what differs.
-        """
-        here = self._identity()
-        differences = [
-            f"{name} changed (saved {state.get(name)!r}, now {value!r})"
-            for name, value in here.items()
-            if state.get(name) != value
-        ]
-        if differences or "step" not in state:
-            raise DataStateError(
-                f"cannot continue at step {state.get('step')} of the saved data: "
-                + "; ".join(differences or ["it has no step"])
-            )
-        self.step = int(state["step"])
-
-    def _identity(self) -> dict[str, Any]:
-        held = ("heldout_sentences",)  # only evaluation uses it
-        settings = dataclasses.asdict(self._config) | {"seed": int(self._seed)}
-        return {name: value for name, value in settings.items() if name not in held}
-
-    def close(self) -> None:
-        """Nothing to stop: batches are built when they are asked for."""
+    def whole_batch(self, step: int) -> Batch:
+        """Draws the sentences of a step."""
+        generator = np.random.Philox(key=[self.seed, step])
+        words, lengths = self._language.draw(generator, self.config.batch_size, heldout=False)
+        return self._language.batch(words, lengths)
 
 
 def heldout_batches(
