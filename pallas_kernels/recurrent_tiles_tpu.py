@@ -81,6 +81,7 @@ def adjoint(config: Config, u, weights, first, *states_and_grads, interpret=Fals
     layout = _Layout(config._replace(method="sequential"), u, backward=True)
     cell, m, n = config.cell, config.cell.num_states, config.cell.num_weights
     states_and_grads = [layout.pad(x) for x in states_and_grads]
+    before = [layout.before(first[:, i], x) for i, x in enumerate(states_and_grads[:m])]
     batch, steps, width = layout.shape
     of_u, of_weights, of_first = pl.pallas_call(
         functools.partial(_adjoint_kernel, config=config, layout=layout),
@@ -88,9 +89,8 @@ def adjoint(config: Config, u, weights, first, *states_and_grads, interpret=Fals
         in_specs=[
             layout.parts(),
             layout.rows(n),
-            layout.rows(m),
             *[layout.states()] * (2 * m),
-            *[layout.before()] * m,
+            *[layout.tile_rows()] * m,
         ],
         out_specs=[layout.parts(), layout.rows(n), layout.rows(m)],
         out_shape=[
@@ -106,9 +106,8 @@ def adjoint(config: Config, u, weights, first, *states_and_grads, interpret=Fals
     )(
         layout.parts_first(u),
         layout.count_first(weights),
-        layout.count_first(first),
         *states_and_grads,
-        *states_and_grads[:m],
+        *before,
     )
     batch, steps, _, width = u.shape
     of_u = jnp.moveaxis(of_u[:batch, :, :steps, :width], 1, 2)
@@ -179,13 +178,21 @@ class _Layout:
         block = (ROWS, self.tile, self.channels)
         return pl.BlockSpec(block, lambda b, c, t: (b, self.time(t), c))
 
-    def before(self):
-        """The last few steps of the tile before, or the first of this one where there is none."""
+    def before(self, first, states):
+        """(tiles, B, H) float32: the state before each tile.
 
-        def index(b, c, t):
-            return b, jnp.maximum(self.time(t) * (self.tile // ROWS) - 1, 0), c
+        Gathered outside the kernel, to which a second window on the states would look like all of
+        them once more.
+        """
+        batch, _, width = self.spare
+        first = jnp.pad(first, (batch, width))[:, None]
+        ends = states[:, self.tile - 1 : -1 : self.tile]
+        both = [x.astype(jnp.float32) for x in (first, ends)]
+        return jnp.moveaxis(jnp.concatenate(both, axis=1), 1, 0)
 
-        return pl.BlockSpec((ROWS, ROWS, self.channels), index)
+    def tile_rows(self):
+        block = (None, ROWS, self.channels)
+        return pl.BlockSpec(block, lambda b, c, t: (self.time(t), b, c))
 
     def cut(self, x):
         batch, steps, width = self.given
@@ -316,7 +323,7 @@ def _forward_kernel(u_in, rows, first, *refs, config, layout):
         layout.turn_out(states.at[part], block)
 
 
-def _adjoint_kernel(u_in, rows, first, *refs, config, layout):
+def _adjoint_kernel(u_in, rows, *refs, config, layout):
     cell, step = config.cell, pl.program_id(2)
     m = cell.num_states
     states_in, grads_in, before = (refs[i * m : (i + 1) * m] for i in range(3))
@@ -333,13 +340,7 @@ def _adjoint_kernel(u_in, rows, first, *refs, config, layout):
     for part in range(m):
         layout.turn_in(states_in[part], states.at[part])
         layout.turn_in(grads_in[part], grads.at[part])
-    # The state before this tile: the initial one, or the last row of the tile before.
-    last = [block[...][:, ROWS - 1, :].astype(jnp.float32) for block in before]
-    earlier = layout.by_chunk(last)
-    is_first = step == layout.tiles - 1
-    incoming = tuple(
-        jnp.where(is_first, x, y) for x, y in zip(layout.by_chunk(first[...]), earlier, strict=True)
-    )
+    incoming = layout.by_chunk([block[...] for block in before])
 
     def walk(i, order, carried):
         ahead, sums = carried

@@ -1,6 +1,7 @@
 """TPU kernels of the fused cells: against the definition in the interpreter, and compiled."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,10 @@ def operands(cell, batch, steps, width, dtype=jnp.float32):
     first = jnp.asarray(rng.uniform(-0.9, 0.9, (cell.num_states, batch, width)), jnp.float32)
     return u, weights, first
 
+
+BATCH, STEPS, WIDTH = 8, 2048, 1024
+SIZE = BATCH * STEPS * WIDTH
+COMPILED = [("v5e", "newton", "bfloat16"), ("v6e", "sequential", "float32")]  # the rest is slow
 
 # Of a program that runs once, the compiler's optimisations cost more than they save.
 QUICKLY = {"xla_backend_optimization_level": 0}
@@ -90,13 +95,19 @@ def test_a_named_kernel_that_cannot_serve_says_why():
 
 @pytest.mark.tpu_compile
 @pytest.mark.xdist_group("tpu_compile")
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-@pytest.mark.parametrize("method", ["newton", "sequential"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("chip", "method", "dtype"),
+    [
+        pytest.param(*case, marks=() if case in COMPILED else pytest.mark.slow)
+        for case in itertools.product(
+            ("v5e", "v6e"), ("newton", "sequential"), ("float32", "bfloat16")
+        )
+    ],
+)
 def test_states_and_gradients_compile_for_tpu(tpu, chip, method, dtype):
     options = {"implementation": "mosaic_tpu", "method": method}
-    u = jax.ShapeDtypeStruct((8, 2048, 3, 1024), dtype)
-    a, peephole = (jax.ShapeDtypeStruct((n, 1024), jnp.float32) for n in (3, 2))
+    u = jax.ShapeDtypeStruct((BATCH, STEPS, 3, WIDTH), dtype)
+    a, peephole = (jax.ShapeDtypeStruct((n, WIDTH), jnp.float32) for n in (3, 2))
 
     def gru(u, a):
         return fused_gru(u, a, **options).astype(jnp.float32).sum()
@@ -112,19 +123,81 @@ def test_states_and_gradients_compile_for_tpu(tpu, chip, method, dtype):
         assert sum("adjoint" in kernel for kernel in names) == 1
 
 
+@pytest.fixture(scope="module")
+def compiled(tpu):
+    """Reports of a kernel alone, by cell, direction and options, on arrays as in a large model."""
+
+    @functools.cache
+    def compile_once(cell, direction, method="sequential", num_iterations=3, dtype="float32"):
+        config = recurrent_tiles.Config(cell, method, "mosaic_tpu", num_iterations, 1.0, 128)
+        args = [
+            jax.ShapeDtypeStruct((BATCH, STEPS, 3, WIDTH), dtype),
+            jax.ShapeDtypeStruct((BATCH, cell.num_weights, WIDTH), jnp.float32),
+            jax.ShapeDtypeStruct((BATCH, cell.num_states, WIDTH), jnp.float32),
+        ]
+        if direction == "adjoint":
+            states = jax.ShapeDtypeStruct((BATCH, STEPS, WIDTH), dtype)
+            args += [states] * (2 * cell.num_states)
+        kernel = functools.partial(getattr(recurrent_tiles_tpu, direction), config)
+        return tpu(kernel, args, "v5e")
+
+    return compile_once
+
+
 @pytest.mark.tpu_compile
 @pytest.mark.xdist_group("tpu_compile")
 @CELLS
-def test_the_sequential_pass_takes_a_third_of_the_cycles_of_newton(tpu, cell):
-    u = jax.ShapeDtypeStruct((8, 2048, 3, 1024), jnp.float32)
-    weights = jax.ShapeDtypeStruct((8, cell.num_weights, 1024), jnp.float32)
-    first = jax.ShapeDtypeStruct((8, cell.num_states, 1024), jnp.float32)
+def test_projections_are_read_once_and_states_written_once_whatever_the_iterations(compiled, cell):
+    reports = [compiled(cell, "forward", "newton", k) for k in (1, 3, 8)]
+    reports += [compiled(cell, "forward"), compiled(cell, "forward", "newton", 3, "bfloat16")]
+    arrays = 3 + cell.num_states
+    for report in reports[:4]:
+        # Of the whole program: nothing is copied, turned or padded around the kernel.
+        assert report.costs.hbm_bytes == pytest.approx(4 * arrays * SIZE, rel=0.01)
+        assert report.costs.hbm_bytes == reports[0].costs.hbm_bytes
+        assert report.kernel(cell.name).nbytes == reports[0].kernel(cell.name).nbytes
+    assert reports[4].costs.hbm_bytes == pytest.approx(2 * arrays * SIZE, rel=0.01)
+    # And each window on an array moves on with the grid, so that the kernel fetches none twice.
+    assert reports[0].kernel(cell.name).schedule.grid_steps == STEPS // 128 * (WIDTH // 256)
 
-    cycles = {}
-    for method in ("newton", "sequential"):
-        config = recurrent_tiles.Config(cell, method, "mosaic_tpu", 3, 1.0, 128)
-        report = tpu(
-            functools.partial(recurrent_tiles_tpu.forward, config), (u, weights, first), "v5e"
-        )
-        cycles[method] = report.kernel(cell.name).schedule.cycles
-    assert 3 * cycles["sequential"] < cycles["newton"] < 1.5e6
+
+@pytest.mark.tpu_compile
+@pytest.mark.xdist_group("tpu_compile")
+@CELLS
+def test_the_adjoint_moves_each_array_once(compiled, cell):
+    report = compiled(cell, "adjoint")
+    # The projections, their gradient; the states and theirs.
+    nbytes = 4 * (3 + 3 + 2 * cell.num_states) * SIZE
+    assert report.costs.hbm_bytes == pytest.approx(nbytes, rel=0.05)
+    assert report.kernel(f"{cell.name}_adjoint").nbytes == pytest.approx(nbytes, rel=0.01)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.xdist_group("tpu_compile")
+def test_a_matrix_product_writes_projections_as_the_kernel_reads_them(tpu):
+    batch, steps, width = 8, 512, 1024
+    x = jax.ShapeDtypeStruct((batch, steps, width), jnp.bfloat16)
+    b = jax.ShapeDtypeStruct((width, 3, width), jnp.bfloat16)
+    a = jax.ShapeDtypeStruct((3, width), jnp.float32)
+
+    def states(x, b, a):
+        return fused_gru(jnp.einsum("bti,ivj->btvj", x, b), a)
+
+    report = tpu(states, (x, b, a), "v5e")
+    # In large arrays, x and b are read, u is written, read, and the states are written.
+    size = batch * steps * width
+    nbytes = 2 * (size + 3 * width**2 + 3 * size + 3 * size + size)
+    assert report.costs.hbm_bytes <= 1.05 * nbytes
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.xdist_group("tpu_compile")
+@CELLS
+def test_the_sequential_pass_takes_far_fewer_cycles_than_newton(compiled, cell):
+    cycles = {
+        method: compiled(cell, "forward", method).kernel(cell.name).schedule.cycles
+        for method in ("newton", "sequential")
+    }
+    assert 2.5 * cycles["sequential"] < cycles["newton"] < 1.2e6
+    adjoint = compiled(cell, "adjoint").kernel(f"{cell.name}_adjoint").schedule
+    assert adjoint.cycles < 2.1 * cycles["sequential"]
