@@ -1,7 +1,11 @@
-"""Parity of bits by one ParaGRU layer trained through Newton's method (CPU, two minutes).
+"""Parity of bits by one ParaGRU layer trained through Newton's method (CPU, half a minute).
 
 python -m jaxeff.train --config configs/pararnn_parity.py
 python -m jaxeff.train --config configs/pararnn_parity.py --config.model.mixer=linear
+Expected: from step 400 on every answer is right, also at 8 times the training length, and the same
+weights run step by step answer alike; a linear recurrence guesses. Recurrent weights grow above 1,
+for which 3 Newton iterations are not enough (7 are): with --config.model.newton.num_iterations=3
+--config.model.newton.tolerance=0.0 the solver's answers are wrong beyond 64 bits.
 """
 
 from ml_collections import ConfigDict

@@ -6,11 +6,12 @@ python -m jaxeff.train --config configs/pararnn_synthetic.py:k_hop --config.mode
 
 from ml_collections import ConfigDict
 
+# Each task's data, and steps that suffice for "gru".
 TASKS = {
-    "keep_nth": {"task": "keep_nth", "vocab_size": 128, "n": 5},
-    "mqar": {"task": "mqar", "vocab_size": 128, "num_pairs": 2},
-    "k_hop": {"task": "k_hop", "vocab_size": 10, "num_hops": 1},
-    "2_hop": {"task": "k_hop", "vocab_size": 5, "num_hops": 2},
+    "keep_nth": ({"task": "keep_nth", "vocab_size": 32, "n": 5}, 1500),
+    "mqar": ({"task": "mqar", "vocab_size": 16, "num_pairs": 2}, 2500),
+    "k_hop": ({"task": "k_hop", "vocab_size": 10, "num_hops": 1}, 1000),
+    "2_hop": ({"task": "k_hop", "vocab_size": 5, "num_hops": 2}, 2000),
 }
 
 
@@ -18,6 +19,7 @@ def get_config(task: str = "mqar") -> ConfigDict:
     """Returns the config of a task."""
     if task not in TASKS:
         raise ValueError(f"no task {task!r}; there are {', '.join(TASKS)}")
+    data, num_steps = TASKS[task]
     config = ConfigDict()
     config.task = "synthetic_sequences"
     config.seed = 0
@@ -31,7 +33,7 @@ def get_config(task: str = "mqar") -> ConfigDict:
             "max_recurrent_weight": 0.9,
         }
     )
-    config.data = ConfigDict({"seq_len": 64, "batch_size": 32, **TASKS[task]})
+    config.data = ConfigDict({"seq_len": 32, "batch_size": 32, **data})
     config.optimizer = ConfigDict(
         {
             "name": "adam",
@@ -42,6 +44,6 @@ def get_config(task: str = "mqar") -> ConfigDict:
             "max_grad_norm": 1.0,
         }
     )
-    config.options = ConfigDict({"eval_lengths": (128,), "eval_sequences": 512})
-    config.training = ConfigDict({"num_steps": 3000, "log_every": 100})
+    config.options = ConfigDict({"eval_lengths": (64,), "eval_sequences": 512})
+    config.training = ConfigDict({"num_steps": num_steps, "log_every": 100})
     return config
