@@ -97,7 +97,8 @@ def parallel_rnn(
       newton: iterations, tolerance, damping and fallback.
       method: "newton", or "sequential" for a loop over time.
       jacobian_fn: (params, x, before, after) -> Jacobians; None takes 1, m or H forward
-        derivatives of `step_fn`. If it is given, both functions get whole sequences at once.
+        derivatives of `step_fn`. If it is given, both functions get whole sequences at once, and
+        `step_fn` single steps besides.
       reset: bool (B, T): where it is true the state before that step is zero, whatever the steps
         before it led to. Nothing, and no gradient, passes such a step.
       axis_name: of the mesh axis over which time is split, inside a `shard_map`: `inputs`, `reset`
@@ -110,7 +111,7 @@ def parallel_rnn(
 
     Raises:
       ValueError: for an unknown structure or method, T == 0, dtypes that are not floating, or
-        shapes of h0, inputs and the step's result that do not fit one another.
+        shapes of h0, inputs, reset and the functions' results that do not fit one another.
     """
     if structure not in STRUCTURES:
         raise ValueError(f"structure={structure!r} is not one of {STRUCTURES}")
@@ -162,10 +163,11 @@ def _check_results(cell, params, inputs, h0):
         raise ValueError(f"step_fn returns {result}, expected one array of shape {h0.shape}")
     if cell.jacobian_fn is None:
         return
-    states = jnp.zeros((h0.shape[0], jax.tree.leaves(inputs)[0].shape[1], *h0.shape[1:]), h0.dtype)
+    shape = (*jax.tree.leaves(inputs)[0].shape[:2], *h0.shape[1:])
+    states = jax.ShapeDtypeStruct(shape, h0.dtype)
     result = jax.eval_shape(cell.jacobian_fn, params, inputs, states, states)
-    middle = () if cell.structure == "diagonal" else states.shape[2:3]
-    expected = (*states.shape[:2], *middle, *states.shape[2:])
+    middle = () if cell.structure == "diagonal" else shape[2:3]
+    expected = (*shape[:2], *middle, *shape[2:])
     if getattr(result, "shape", None) != expected:
         raise ValueError(
             f"jacobian_fn returns {result}, expected shape {expected} for {cell.structure!r}"
@@ -197,11 +199,13 @@ class Cell:
         return self.step_fn(params, inputs, _cut(kept, before))
 
     def steps(self, params, inputs, before):
+        """All steps, from the states before them."""
         if self.jacobian_fn is not None:
             return self.step(params, inputs, before)
         return jax.vmap(self.step, in_axes=(None, 1, 1), out_axes=1)(params, inputs, before)
 
     def jacobians(self, params, inputs, before, after):
+        """The derivatives of all steps in the states before them; `after` are the iterates."""
         if self.jacobian_fn is not None and self.resets:
             inputs, kept = inputs
             return _cut(kept, self.jacobian_fn(params, inputs, _cut(kept, before), after))
@@ -237,6 +241,7 @@ def _cut(kept, x):
 
 
 def sequential_states(cell, axis_name, params, inputs, h0):
+    """The exact states by a loop over time."""
     by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
 
     def step(h, x):

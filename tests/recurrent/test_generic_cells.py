@@ -187,6 +187,8 @@ def test_a_cell_of_ones_own_as_a_layer():
     np.testing.assert_allclose(carry, [expected[0, 6], np.zeros(4)], atol=1e-5)
     _, out = model.apply(variables, carry, x[jnp.arange(2), lengths], method="step")
     np.testing.assert_allclose(out, [expected[0, 7], expected[1, 0]], atol=1e-5)
+    with pytest.raises(ValueError, match="return_carry"):
+        model.apply(variables, x, lengths=lengths)
 
 
 def test_a_wrong_structure_is_found_on_a_small_case():
