@@ -90,7 +90,7 @@ def test_documents_in_one_row_are_as_if_run_apart(cell):
     ("cell", "method", "dtype"),
     [
         (ParaGRU, "newton", jnp.float32),
-        (ParaLSTM, "newton", jnp.bfloat16),
+        pytest.param(ParaLSTM, "newton", jnp.bfloat16, marks=slow),
         (ParaLSTM, "fused", jnp.bfloat16),
         pytest.param(ParaGRU, "newton", jnp.bfloat16, marks=slow),
         pytest.param(ParaLSTM, "newton", jnp.float32, marks=slow),
@@ -122,6 +122,7 @@ def test_a_prompt_at_once_and_then_step_by_step_is_the_whole(cell, method, dtype
         np.testing.assert_allclose(out.astype(jnp.float32), whole[rows, lengths + t], atol=atol)
 
 
+@slow
 def test_without_lengths_the_state_is_that_after_the_last_step():
     model = ParaLSTM(6, num_heads=2, method="sequential")
     x = jax.random.normal(jax.random.key(0), (2, 5, 4))

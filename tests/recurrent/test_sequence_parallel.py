@@ -69,7 +69,7 @@ def assert_same(actual, expected, atol=1e-5):
         np.testing.assert_allclose(g, e, atol=1e-4 * np.abs(e).max())
 
 
-@pytest.mark.parametrize("name", ["gru", "lstm", "dense"])
+@pytest.mark.parametrize("name", [pytest.param("gru", marks=pytest.mark.slow), "lstm", "dense"])
 def test_states_and_gradients_are_those_of_one_device(name):
     # So few iterations that the answer is not yet that of the loop: the iterates must agree too.
     newton = NewtonConfig(2)
