@@ -2,14 +2,15 @@
 
 python -m jaxeff.train --config configs/pararnn_synthetic.py:mqar
 python -m jaxeff.train --config configs/pararnn_synthetic.py:k_hop --config.model.mixer=linear
+Expected, "gru": all answers right but for 2_hop (77 %), where the paper trains 900 times longer.
 """
 
 from ml_collections import ConfigDict
 
-# Each task's data, and steps that suffice for "gru".
+# Each task's data and number of steps; two hops are not learnt in them.
 TASKS = {
     "keep_nth": ({"task": "keep_nth", "vocab_size": 32, "n": 5}, 1500),
-    "mqar": ({"task": "mqar", "vocab_size": 16, "num_pairs": 2}, 2500),
+    "mqar": ({"task": "mqar", "vocab_size": 16, "num_pairs": 2}, 6000),
     "k_hop": ({"task": "k_hop", "vocab_size": 10, "num_hops": 1}, 1000),
     "2_hop": ({"task": "k_hop", "vocab_size": 5, "num_hops": 2}, 2000),
 }
