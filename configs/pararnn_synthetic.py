@@ -2,7 +2,8 @@
 
 python -m jaxeff.train --config configs/pararnn_synthetic.py:mqar
 python -m jaxeff.train --config configs/pararnn_synthetic.py:k_hop --config.model.mixer=linear
-Expected, "gru": all answers right but for 2_hop (77 %), where the paper trains 900 times longer.
+Expected, "gru": all answers right, but for 2_hop 77 %, which the paper trains up to 900 times
+longer.
 """
 
 from ml_collections import ConfigDict
