@@ -8,12 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxeff.language.sharding import mesh_axes
 from jaxeff.recurrent import cells, time_axis
 from jaxeff.recurrent.newton import NewtonConfig, System, parallel_rnn, solved
 from jaxeff.recurrent.nonlinearities import NONLINEARITIES
 from pallas_kernels import fused_gru, fused_lstm
 
 METHODS = ("newton", "sequential", "fused")
+MOST_SEPARATE_HEADS = 8
 STANDARD = {("gate", "sigmoid"), ("candidate", "tanh"), ("squash", "tanh")}
 
 
@@ -189,9 +191,8 @@ class _ParaCell(nn.Module):
         shape = (heads, width // heads, 3, self.features // heads)
         b = self._parameter("b", _input_init, shape, ("heads", "embed", None, None))
         bias = self._parameter("bias", nn.initializers.zeros, (3, self.features), (None, "heads"))
-        x = x.astype(self.dtype).reshape(*x.shape[:-1], *shape[:2])
-        u = jnp.einsum("...ki,kivj->...vkj", x, b.astype(self.dtype))
-        return u.reshape(*u.shape[:-2], self.features).astype(jnp.float32) + bias
+        u = _by_head(x.astype(self.dtype).reshape(*x.shape[:-1], *shape[:2]), b.astype(self.dtype))
+        return u.astype(jnp.float32) + bias
 
     def _run_fused(self, system):
         options = {
@@ -209,6 +210,20 @@ class _ParaCell(nn.Module):
 def _with_activations(step, **names):
     """Made once for each choice, so that it is traced once."""
     return functools.partial(step, **{part: NONLINEARITIES[name] for part, name in names.items()})
+
+
+def _by_head(x, b):
+    """(..., 3, H) from `x` (..., heads, D / heads) and `b` (heads, D / heads, 3, H / heads).
+
+    XLA puts the heads of a batched product outermost, and copies it into place; the products of
+    few heads by themselves are written side by side, in two thirds less traffic on TPU.
+    """
+    heads = b.shape[0]
+    if heads > MOST_SEPARATE_HEADS or mesh_axes("heads", heads):
+        u = jnp.einsum("...ki,kivj->...vkj", x, b)
+        return u.reshape(*u.shape[:-2], -1)
+    products = [jnp.einsum("...i,ivj->...vj", x[..., k, :], b[k]) for k in range(heads)]
+    return jnp.concatenate(products, axis=-1)
 
 
 class ParaGRU(_ParaCell):
