@@ -1,7 +1,9 @@
 """A ParaLSTM layer's recurrence, solved in parallel over time or step by step.
 
 "ParaRNN: Unlocking Parallel Training of Nonlinear RNNs for Large Language Models" (arXiv
-2510.21450), sections 3 and 4.
+2510.21450), sections 3 and 4. What the two fused cells share is beside them: `recurrent_tiles` (the
+methods in plain jnp, the adjoint), `recurrent_tiles_tpu` (the TPU kernels, which take a cell's
+`reference` functions as they are) and `recurrent_tiles_gpu`.
 """
 
 import jax
