@@ -336,9 +336,11 @@ class SyntheticSequenceTask:
             fresh, _ = jax.jit(self.init)(jax.random.key(self._seed), {"tokens": tokens})
             first = self._diagnose(unbox(fresh), tokens).convergence.iterations
             counts = f"{int(first)} at initialisation, {counts}"
+        newton = self.config.newton
+        limit = "at most " if newton.tolerance else ""
         lines.append(
             f"Newton iterations to {self.options.tolerance:.0e} at length {self.data.seq_len}: "
-            f"{counts}; trained with {self.config.newton.num_iterations}"
+            f"{counts}; trained with {limit}{newton.num_iterations}"
         )
         return "\n".join(lines)
 
