@@ -115,7 +115,8 @@ def test_fine_tuning_starts_from_another_run_and_from_nothing_else(run, config_f
 
 @pytest.mark.slow
 def test_eight_devices_train_like_one(config_file, tmp_path):
-    experiment = load_experiment(config_file, {"training.num_steps": "3"})
+    # Adam's first steps would show the sign of gradients that are zero but for rounding.
+    experiment = load_experiment(config_file, {"training.num_steps": "3", "optimizer.name": "sgd"})
     one = make_trainer(experiment, devices=ONE).fit(tmp_path / "one")
     split = dataclasses.replace(experiment, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     many = make_trainer(split, devices=jax.devices()[:8]).fit(tmp_path / "many")
