@@ -24,7 +24,6 @@ import jax
 import numpy as np
 
 from jaxeff.language import (
-    Decoder,
     SamplingConfig,
     StreamDecoder,
     TensorMismatchError,
@@ -107,6 +106,8 @@ def load_run(
     if not run.get("model") or not run.get("data"):
         raise ConfigError(f"{file} describes no language model (task {run.get('task')!r})")
     task = task_module(run["task"])
+    if not hasattr(task, "make_model"):
+        raise ConfigError(f"{file} describes no language model (task {run['task']!r})")
     config = build(task.MODEL, run["model"], "config.model")
     loaded = load_tokenizer(tokenizer or run["data"].get("tokenizer", "bytes"))
     params = restore_params(workdir, step)
@@ -114,8 +115,8 @@ def load_run(
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     eos_ids = () if loaded.eos_id is None else (loaded.eos_id,)
-    add_bos, make_model = loaded.bos_id is not None, getattr(task, "make_model", Decoder)
-    return Model(config, params, loaded, eos_ids, add_bos, make_model(config))
+    add_bos = loaded.bos_id is not None
+    return Model(config, params, loaded, eos_ids, add_bos, task.make_model(config))
 
 
 def load_checkpoint(

@@ -24,7 +24,8 @@ from jaxeff.training.config import (
 from jaxeff.training.loop import Trainer
 
 # Task name to module. A module defines MODEL, DATA and OPTIONS (dataclasses, the types of the
-# sections `model`, `data` and `options`) and `make_task(experiment)`.
+# sections `model`, `data` and `options`) and `make_task(experiment)`; that of a language model also
+# `make_model(config)`, the module of its section `model`, with which text can be generated.
 TASKS = {
     "language_model": "jaxeff.tasks.language_model",
     "recurrent_language_model": "jaxeff.tasks.recurrent_language_model",

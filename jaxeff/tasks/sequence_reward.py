@@ -32,7 +32,6 @@ from jaxeff.data.synthetic_translation import (
     heldout_batches,
 )
 from jaxeff.language import (
-    Decoder,
     DecoderConfig,
     SamplingConfig,
     flops_per_token,
@@ -40,7 +39,7 @@ from jaxeff.language import (
 )
 from jaxeff.metrics.bleu import BleuAccumulator, bleu_reward, bleu_statistics, sentence_bleu
 from jaxeff.tasks.experiment import Experiment
-from jaxeff.tasks.language_model import matrix_labels
+from jaxeff.tasks.language_model import make_model, matrix_labels
 from jaxeff.training.config import ConfigError, require
 from jaxeff.training.task import Aux, Placement
 
@@ -172,7 +171,7 @@ class SequenceRewardTask:
                 f"{data.vocab_size}, the language's words and {FIRST_WORD_ID} marks"
             )
         self.model, self.data, self.options = model, data, options or SequenceRewardOptions()
-        self.decoder = Decoder(model)
+        self.decoder = make_model(model)
         self.max_new_tokens = data.max_length + 1
         self._seed = seed
 

@@ -103,6 +103,10 @@ class TestRun:
         (tmp_path / "config.json").write_text('{"task": "image_model"}')
         with pytest.raises(ConfigError, match="no language model"):
             load_run(tmp_path)
+        run = {"task": "synthetic_sequences", "model": {"width": 8}, "data": {"task": "parity"}}
+        (tmp_path / "config.json").write_text(json.dumps(run))
+        with pytest.raises(ConfigError, match="no language model"):
+            load_run(tmp_path)
 
 
 class TestCheckpoint:
