@@ -6,6 +6,7 @@ families differ in a few switches only, so no family has a class of its own.
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -16,17 +17,20 @@ ATTENTION_IMPLEMENTATIONS = (None, "xla", "mosaic_tpu", "cudnn")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-def _choice(name: str, value: object, allowed: tuple) -> None:
+def check_choice(name: str, value: object, allowed: Collection) -> None:
+    """Raises ValueError for a value that is none of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
-def _at_least(name: str, value: object, least: int) -> None:
+def check_at_least(name: str, value: object, least: int) -> None:
+    """Raises ValueError for what is not an integer, or a smaller one."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
 
 
-def _positive(name: str, value: object) -> None:
+def check_positive(name: str, value: object) -> None:
+    """Raises ValueError for what is not a finite number above zero."""
     if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}={value!r} must be a positive finite number")
 
@@ -65,12 +69,12 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
 
     def __post_init__(self):
-        _choice("rope.rope_type", self.rope_type, ROPE_TYPES)
+        check_choice("rope.rope_type", self.rope_type, ROPE_TYPES)
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
-            _positive(f"rope.{name}", getattr(self, name))
+            check_positive(f"rope.{name}", getattr(self, name))
         for name in ("original_max_position_embeddings", "max_position_embeddings"):
             if getattr(self, name) is not None:
-                _at_least(f"rope.{name}", getattr(self, name), 1)
+                check_at_least(f"rope.{name}", getattr(self, name), 1)
         for name in ("short_factor", "long_factor"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.rope_type == "llama3":
@@ -114,11 +118,11 @@ class MoEConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers))
-        _at_least("moe.num_experts", self.num_experts, 1)
-        _at_least("moe.num_experts_per_token", self.num_experts_per_token, 1)
-        _at_least("moe.decoder_sparse_step", self.decoder_sparse_step, 1)
+        check_at_least("moe.num_experts", self.num_experts, 1)
+        check_at_least("moe.num_experts_per_token", self.num_experts_per_token, 1)
+        check_at_least("moe.decoder_sparse_step", self.decoder_sparse_step, 1)
         if self.intermediate_size is not None:
-            _at_least("moe.intermediate_size", self.intermediate_size, 1)
+            check_at_least("moe.intermediate_size", self.intermediate_size, 1)
         if self.num_experts_per_token > self.num_experts:
             raise ValueError(
                 f"moe.num_experts_per_token={self.num_experts_per_token} exceeds "
@@ -180,10 +184,10 @@ class DecoderConfig:
     def __post_init__(self):
         self._settle_types()
         self._check_sizes()
-        _choice("remat", self.remat, REMAT_POLICIES)
-        _choice("dtype", self.dtype, FLOAT_DTYPES)
-        _choice("param_dtype", self.param_dtype, FLOAT_DTYPES)
-        _choice(
+        check_choice("remat", self.remat, REMAT_POLICIES)
+        check_choice("dtype", self.dtype, FLOAT_DTYPES)
+        check_choice("param_dtype", self.param_dtype, FLOAT_DTYPES)
+        check_choice(
             "attention_implementation", self.attention_implementation, ATTENTION_IMPLEMENTATIONS
         )
         self._check_rope()
@@ -215,7 +219,7 @@ class DecoderConfig:
             "num_kv_heads",
             "max_position_embeddings",
         ):
-            _at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -226,13 +230,13 @@ class DecoderConfig:
                 "when head_dim is not given"
             )
         if self.head_dim is not None:
-            _at_least("head_dim", self.head_dim, 2)
+            check_at_least("head_dim", self.head_dim, 2)
         if self.resolved_head_dim % 2:
             raise ValueError(f"head_dim={self.resolved_head_dim} must be even: RoPE rotates pairs")
         if self.sliding_window is not None:
-            _at_least("sliding_window", self.sliding_window, 1)
-        _positive("rms_norm_eps", self.rms_norm_eps)
-        _positive("initializer_range", self.initializer_range)
+            check_at_least("sliding_window", self.sliding_window, 1)
+        check_positive("rms_norm_eps", self.rms_norm_eps)
+        check_positive("initializer_range", self.initializer_range)
         for layer in self.moe.mlp_only_layers if self.moe else ():
             if not 0 <= layer < self.num_layers:
                 raise ValueError(

@@ -275,7 +275,8 @@ class Decoder(nn.Module):
             written = write(cache, outputs.k, outputs.v)
             new = x.shape[1] if num_tokens is None else num_tokens
             cache = written.replace(lengths=cache.lengths + new)
-        logits = self.logits(embed, x) if return_logits or self.is_initializing() else None
+        wanted = return_logits or self.is_initializing()
+        logits = output_logits(config, embed, x) if wanted else None
         return DecoderOutput(logits=logits, cache=cache, aux=aux, hidden=x)
 
     @nn.nowrap
@@ -374,22 +375,25 @@ class Decoder(nn.Module):
             prevent_cse=not self.config.scanned,
         )
 
-    def logits(self, embed, x):
-        """(B, T, V) float32."""
-        config = self.config
-        if config.tie_embeddings:
-            logits = embed.attend(x)
-        else:
-            head = make_linear(
-                Linear,
-                config,
-                name="lm_head",
-                features=config.vocab_size,
-                kernel_axes=("embed", "vocab"),
-                output_dtype="float32",
-            )
-            logits = head(x)
-        return constrain(logits, "act_batch", "act_seq", "act_vocab")
+
+def output_logits(config: Any, embed: Embedding, x: jax.Array) -> jax.Array:
+    """(B, T, V) float32, from the final norm's output; inside a module's compact method.
+
+    `config` says whether the head is the embedding, or the module's own `lm_head`.
+    """
+    if config.tie_embeddings:
+        logits = embed.attend(x)
+    else:
+        head = make_linear(
+            Linear,
+            config,
+            name="lm_head",
+            features=config.vocab_size,
+            kernel_axes=("embed", "vocab"),
+            output_dtype="float32",
+        )
+        logits = head(x)
+    return constrain(logits, "act_batch", "act_seq", "act_vocab")
 
 
 def remat_policy(name: str, kept: tuple[str, ...]):

@@ -14,7 +14,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from jaxeff.language.decoder import remat_policy
+from jaxeff.language.config import check_at_least, check_choice, check_positive
+from jaxeff.language.decoder import output_logits, remat_policy
 from jaxeff.language.layers import MLP, Embedding, Linear, RMSNorm, make_linear
 from jaxeff.language.sharding import constrain, mesh_axes
 from jaxeff.recurrent.layers import ParaGRU, ParaLSTM
@@ -90,25 +91,19 @@ class ParaRNNConfig:
                 object.__setattr__(self, name, jnp.dtype(value).name)
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
         for name in (*sizes, "conv_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+            check_at_least(name, getattr(self, name), 1)
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}"
             )
         choices = {"cell": CELLS, "norm_order": NORM_ORDERS, "method": METHODS, "remat": REMAT}
-        for name, known in (
-            choices | dict.fromkeys(("dtype", "param_dtype"), FLOAT_DTYPES)
-        ).items():
-            if getattr(self, name) not in known:
-                expected = ", ".join(map(repr, known))
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {expected}")
+        choices |= {"dtype": FLOAT_DTYPES, "param_dtype": FLOAT_DTYPES}
+        for name, known in choices.items():
+            check_choice(name, getattr(self, name), known)
         limit = self.max_recurrent_weight
         if limit is not None and not limit > 0:
             raise ValueError(f"max_recurrent_weight={limit} must be above zero, or None")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be above zero")
+        check_positive("rms_norm_eps", self.rms_norm_eps)
         if self.method == "fused" and self.reset_at_documents:
             raise ValueError(
                 "method='fused' cannot start anew inside a row: it needs reset_at_documents=False"
@@ -219,8 +214,9 @@ class RecurrentBlock(nn.Module):
         )
         states = checkpoint_name(states, "cell_states")
         norm = RMSNorm(config.rms_norm_eps, config.param_dtype, name="state_norm")
-        gated = norm(states) * nn.silu(gate)
-        if config.norm_order == "gate_then_norm":
+        if config.norm_order == "norm_then_gate":
+            gated = norm(states) * nn.silu(gate)
+        else:
             gated = norm(states * nn.silu(gate))
         out = make_linear(Linear, config, name="out_proj", kernel_axes=("heads", "embed"), **width)
         scale = self.param("scale", nn.initializers.ones, (), config.param_dtype)
@@ -357,7 +353,8 @@ class ParaRNN(nn.Module):
         x = RMSNorm(config.rms_norm_eps, config.param_dtype, name="final_norm")(x)
         if cache is not None:
             cache = RecurrentCache(*cached, cache.lengths + num_tokens)
-        logits = self.logits(embed, x) if return_logits or self.is_initializing() else None
+        wanted = return_logits or self.is_initializing()
+        logits = output_logits(config, embed, x) if wanted else None
         return ParaRNNOutput(logits, cache, {"residual": residual}, x)
 
     @nn.nowrap
@@ -408,21 +405,6 @@ class ParaRNN(nn.Module):
             x, output = layer_cls(config, name=f"layers_{index}")(x, own, segment_ids, num_tokens)
             left.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *left)
-
-    def logits(self, embed, x):
-        """(B, T, V) float32."""
-        config = self.config
-        if config.tie_embeddings:
-            return constrain(embed.attend(x), "act_batch", "act_seq", "act_vocab")
-        head = make_linear(
-            Linear,
-            config,
-            name="lm_head",
-            features=config.vocab_size,
-            kernel_axes=("embed", "vocab"),
-            output_dtype="float32",
-        )
-        return constrain(head(x), "act_batch", "act_seq", "act_vocab")
 
 
 def count_parameters(config: ParaRNNConfig) -> int:
