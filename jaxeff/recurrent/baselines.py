@@ -11,15 +11,10 @@ import jax.numpy as jnp
 from jaxeff.language.attention import attention
 from jaxeff.language.config import RopeConfig
 from jaxeff.language.rope import apply_rope, rope_frequencies
+from jaxeff.recurrent.layers import input_init, input_shape, project
 from pallas_kernels import linear_recurrence
 
 _SHARPNESS = 8.0  # c of RG-LRU: how far the gate moves the decay
-
-
-def _head_width(name: str, size: int, num_heads: int) -> int:
-    if num_heads < 1 or size % num_heads:
-        raise ValueError(f"{name}, {size}, is not divisible by num_heads={num_heads}")
-    return size // num_heads
 
 
 def _check(x: jax.Array) -> None:
@@ -62,16 +57,10 @@ class DiagonalRecurrence(nn.Module):
           ValueError: for another rank or dtype, or widths that the heads do not divide.
         """
         _check(x)
-        heads = self.num_heads
-        inner = _head_width("the width of x", x.shape[-1], heads)
-        shape = (heads, inner, 3, _head_width("features", self.features, heads))
-        uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform", 1, (2, 3), (0,))
-        b = self.param("b", uniform, shape)
+        b = self.param("b", input_init, input_shape(x.shape[-1], self.features, self.num_heads))
         bias = self.param("bias", nn.initializers.zeros, (3, self.features))
         slowest = jax.nn.log_sigmoid(self.param("decay", _slow_decays, (self.features,)))
-        x = x.astype(self.dtype).reshape(*x.shape[:2], heads, inner)
-        u = jnp.einsum("btki,kivj->btvkj", x, b.astype(self.dtype))
-        u = u.reshape(*u.shape[:3], self.features).astype(jnp.float32) + bias
+        u = project(x.astype(self.dtype), b.astype(self.dtype), bias)
         log_a = _SHARPNESS * jax.nn.sigmoid(u[:, :, 0]) * slowest
         # 1 - a^2 without cancellation, and above 0, where the root has no slope.
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), 1e-12))
@@ -106,7 +95,11 @@ class CausalAttention(nn.Module):
           ValueError: for another rank or dtype, or heads that do not divide H into even widths.
         """
         _check(x)
-        width = _head_width("features", self.features, self.num_heads)
+        if self.num_heads < 1 or self.features % self.num_heads:
+            raise ValueError(
+                f"features, {self.features}, is not divisible by num_heads={self.num_heads}"
+            )
+        width = self.features // self.num_heads
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", 0, (1, 2, 3))
         qkv = self.param("qkv", init, (x.shape[-1], 3, self.num_heads, width))
         out = self.param("out", nn.initializers.lecun_normal(), (self.features, self.features))

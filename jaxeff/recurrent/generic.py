@@ -56,8 +56,7 @@ class ParallelRNN(nn.Module):
         """
         if x.ndim != 3:
             raise ValueError(f"x has shape {x.shape}, expected (B, T, D)")
-        if lengths is not None and not return_carry:
-            raise ValueError("lengths says which state to return, and needs return_carry=True")
+        time_axis.check_lengths(lengths, x.shape[0], return_carry)
         system = self._system(x, h0)
         options = {"newton": self.newton, "method": self.method, "axis_name": self.axis_name}
         states, info = parallel_rnn(**system._asdict(), **options, reset=reset)

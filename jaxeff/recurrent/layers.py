@@ -25,7 +25,19 @@ def small_normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> j
     return jnp.clip(init(key, shape, dtype), -0.5, 0.5)
 
 
-def _input_init(key, shape, dtype=jnp.float32):
+def input_shape(width: int, features: int, num_heads: int) -> tuple[int, int, int, int]:
+    """Shape (heads, D / heads, 3, H / heads) of an input projection.
+
+    Raises:
+      ValueError: for widths that the heads do not divide.
+    """
+    for name, size in (("features", features), ("the width of x", width)):
+        if num_heads < 1 or size % num_heads:
+            raise ValueError(f"{name}, {size}, is not divisible by num_heads={num_heads}")
+    return num_heads, width // num_heads, 3, features // num_heads
+
+
+def input_init(key, shape, dtype=jnp.float32):
     """Kaiming uniform with the D / heads inputs of a head as fan-in."""
     bound = (3 / shape[1]) ** 0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -152,14 +164,7 @@ class _ParaCell(nn.Module):
             raise ValueError(f"method={self.method!r} is not one of {METHODS}")
         if x.ndim != 3:
             raise ValueError(f"x has shape {x.shape}, expected (B, T, D)")
-        if lengths is not None and not return_carry:
-            raise ValueError("lengths says which state to return, and needs return_carry=True")
-        if lengths is not None:
-            integers = jnp.issubdtype(lengths.dtype, jnp.integer)
-            if lengths.shape != x.shape[:1] or not integers:
-                raise ValueError(
-                    f"lengths is {lengths.dtype} {lengths.shape}, expected integers {x.shape[:1]}"
-                )
+        time_axis.check_lengths(lengths, x.shape[0], return_carry)
         if self.method != "fused":
             return
         if reset is not None:
@@ -184,15 +189,10 @@ class _ParaCell(nn.Module):
         """The inputs of the gates, (..., 3, H) float32, from `x` (..., D)."""
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x has dtype {x.dtype}, expected a floating one")
-        heads, width = self.num_heads, x.shape[-1]
-        for name, size in (("features", self.features), ("the width of x", width)):
-            if heads < 1 or size % heads:
-                raise ValueError(f"{name}, {size}, is not divisible by num_heads={heads}")
-        shape = (heads, width // heads, 3, self.features // heads)
-        b = self._parameter("b", _input_init, shape, ("heads", "embed", None, None))
+        shape = input_shape(x.shape[-1], self.features, self.num_heads)
+        b = self._parameter("b", input_init, shape, ("heads", "embed", None, None))
         bias = self._parameter("bias", nn.initializers.zeros, (3, self.features), (None, "heads"))
-        u = _by_head(x.astype(self.dtype).reshape(*x.shape[:-1], *shape[:2]), b.astype(self.dtype))
-        return u.astype(jnp.float32) + bias
+        return project(x.astype(self.dtype), b.astype(self.dtype), bias)
 
     def _run_fused(self, system):
         options = {
@@ -212,18 +212,21 @@ def _with_activations(step, **names):
     return functools.partial(step, **{part: NONLINEARITIES[name] for part, name in names.items()})
 
 
-def _by_head(x, b):
-    """(..., 3, H) from `x` (..., heads, D / heads) and `b` (heads, D / heads, 3, H / heads).
+def project(x: jax.Array, b: jax.Array, bias: jax.Array) -> jax.Array:
+    """x b + bias, (..., 3, H) float32, from `x` (..., D), `b` of `input_shape`, `bias` (3, H).
 
     XLA puts the heads of a batched product outermost, and copies it into place; the products of
     few heads by themselves are written side by side, in two thirds less traffic on TPU.
     """
     heads = b.shape[0]
+    x = x.reshape(*x.shape[:-1], *b.shape[:2])
     if heads > MOST_SEPARATE_HEADS or mesh_axes("heads", heads):
         u = jnp.einsum("...ki,kivj->...vkj", x, b)
-        return u.reshape(*u.shape[:-2], -1)
-    products = [jnp.einsum("...i,ivj->...vj", x[..., k, :], b[k]) for k in range(heads)]
-    return jnp.concatenate(products, axis=-1)
+        u = u.reshape(*u.shape[:-2], -1)
+    else:
+        products = [jnp.einsum("...i,ivj->...vj", x[..., k, :], b[k]) for k in range(heads)]
+        u = jnp.concatenate(products, axis=-1)
+    return u.astype(jnp.float32) + bias
 
 
 class ParaGRU(_ParaCell):

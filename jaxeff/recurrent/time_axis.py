@@ -88,6 +88,18 @@ def in_turn(run: Callable, h0: jax.Array, axis_name: str | None) -> jax.Array:
     return run(lax.fori_loop(1, lax.axis_size(axis_name), hand_on, h0))
 
 
+def check_lengths(lengths: jax.Array | None, batch: int, return_carry: bool) -> None:
+    """Raises ValueError for lengths that are not integers (batch,), or that nobody asks for."""
+    if lengths is None:
+        return
+    if not return_carry:
+        raise ValueError("lengths says which state to return, and needs return_carry=True")
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths is {lengths.dtype} {lengths.shape}, expected integers {(batch,)}"
+        )
+
+
 def after(
     states: jax.Array, h0: jax.Array, lengths: jax.Array | None, axis_name: str | None
 ) -> jax.Array:
