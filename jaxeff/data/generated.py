@@ -14,6 +14,12 @@ from jaxeff.data.loader import DataStateError, Shard
 Batch = dict[str, np.ndarray]
 
 
+def check(condition: bool, name: str, value: Any, expected: str) -> None:
+    """Raises ValueError, naming a setting, its value and what was expected, unless it holds."""
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
 class GeneratedIterator:
     """An endless iterator over the generated batches of one process.
 
@@ -41,8 +47,7 @@ class GeneratedIterator:
         self.wait_seconds = 0.0
         self.config = config
         self.seed = seed if config.seed is None else config.seed
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed!r}; expected in [0, 2**63)")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
         self._rows = Shard(config.batch_size, process_index, process_count).rows()
 
     def whole_batch(self, step: int) -> Batch:

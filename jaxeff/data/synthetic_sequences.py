@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from jaxeff.data.generated import Batch, GeneratedIterator
+from jaxeff.data.generated import Batch, GeneratedIterator, check
 from jaxeff.data.loader import Shard
 
 Key = tuple[int, int]
@@ -49,7 +48,7 @@ def keep_nth(key: Key, count: int, length: int, *, vocab_size: int = 128, n: int
     Raises:
       ValueError: unless 1 <= n <= length.
     """
-    _check(1 <= n <= length, "n", n, f"from 1 to the length of the sequence, {length}")
+    check(1 <= n <= length, "n", n, f"from 1 to the length of the sequence, {length}")
     tokens = _uniform(_generator(key), vocab_size, (count, length))
     behind = np.broadcast_to(np.arange(length) >= n - 1, tokens.shape)
     return _batch(tokens, np.where(behind, tokens[:, n - 1 : n], 0), behind)
@@ -71,7 +70,7 @@ def mqar(key: Key, count: int, length: int, *, vocab_size: int = 128, num_pairs:
     """
     keys_there, most = vocab_size // 2, min(vocab_size // 2, length // 3)
     expected = f"1 to {most}: {length} tokens of {vocab_size} hold no more pairs and queries"
-    _check(1 <= num_pairs <= most, "num_pairs", num_pairs, expected)
+    check(1 <= num_pairs <= most, "num_pairs", num_pairs, expected)
     random = _generator(key)
     keys = _choose(random, keys_there, count, num_pairs)
     values = keys_there + _uniform(random, vocab_size - keys_there, (count, num_pairs))
@@ -133,11 +132,6 @@ def _batch(tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> Batch:
     }
 
 
-def _check(condition: bool, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
-
-
 # Each task and the fields of the config that its function takes.
 TASKS = {
     "parity": (parity, ()),
@@ -175,13 +169,13 @@ class SyntheticSequenceConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self.task in TASKS, "task", self.task, f"one of {tuple(TASKS)}")
+        check(self.task in TASKS, "task", self.task, f"one of {tuple(TASKS)}")
         for name in ("seq_len", "batch_size", "n", "num_pairs", "num_hops"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(self.vocab_size >= 2, "vocab_size", self.vocab_size, "at least 2")
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check(self.vocab_size >= 2, "vocab_size", self.vocab_size, "at least 2")
         binary = self.task != "parity" or self.vocab_size == 2
-        _check(binary, "vocab_size", self.vocab_size, "2: parity is that of bits")
-        _check(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
+        check(binary, "vocab_size", self.vocab_size, "2: parity is that of bits")
+        check(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
         self.draw((0, 0), 1, self.seq_len)
 
     def draw(self, key: Key, count: int, length: int) -> Batch:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxeff.data.generated import Batch, GeneratedIterator
+from jaxeff.data.generated import Batch, GeneratedIterator, check
 from jaxeff.data.loader import Shard
 
 PAD_ID, EOS_ID, SEPARATOR_ID = 0, 1, 2
@@ -70,27 +70,22 @@ class TranslationConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_words", "min_length", "batch_size", "heldout_sentences"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         longest = self.max_length
-        _check(longest >= self.min_length, "max_length", longest, f">= {self.min_length}")
-        _check(self.mapping in MAPPINGS, "mapping", self.mapping, f"one of {MAPPINGS}")
-        _check(self.order in ORDERS, "order", self.order, f"one of {ORDERS}")
-        _check(self.zipf_exponent >= 0, "zipf_exponent", self.zipf_exponent, "at least 0")
+        check(longest >= self.min_length, "max_length", longest, f">= {self.min_length}")
+        check(self.mapping in MAPPINGS, "mapping", self.mapping, f"one of {MAPPINGS}")
+        check(self.order in ORDERS, "order", self.order, f"one of {ORDERS}")
+        check(self.zipf_exponent >= 0, "zipf_exponent", self.zipf_exponent, "at least 0")
         fraction = self.heldout_fraction
-        _check(0 < fraction < 1, "heldout_fraction", fraction, "between 0 and 1, both excluded")
+        check(0 < fraction < 1, "heldout_fraction", fraction, "between 0 and 1, both excluded")
         for name in ("language_seed", "seed"):
             seed = getattr(self, name)
-            _check(seed is None or 0 <= seed < 2**63, name, seed, "in [0, 2**63)")
+            check(seed is None or 0 <= seed < 2**63, name, seed, "in [0, 2**63)")
 
     @property
     def vocab_size(self) -> int:
         """Token ids that may occur: the words, padding, end and separator."""
         return FIRST_WORD_ID + self.num_words
-
-
-def _check(condition: bool, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
 class Language:
