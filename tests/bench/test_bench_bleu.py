@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxeff.bench.measure import BenchError, measure_case
-from jaxeff.bench.rows import bleu
+from jaxeff.bench.rows import bleu, static_schedules
 from jaxeff.bench.rows import bleu_baselines as baselines
 from jaxeff.bench.rows import bleu_schedules as schedules
 from pallas_kernels.ngram_counts import tpu as kernel
@@ -61,7 +61,7 @@ def test_a_cell_that_is_too_large_is_left_out_and_named(caplog):
 
 
 def test_without_libtpu_schedules_are_left_out_with_a_line(caplog, monkeypatch):
-    monkeypatch.setattr(bleu.environment, "has_tpu_compiler", lambda: False)
+    monkeypatch.setattr(static_schedules.environment, "has_tpu_compiler", lambda: False)
     settings = bleu.Bleu(batch_sizes=(), memory=False)
     with caplog.at_level(logging.WARNING):
         assert not list(settings.cases(DEVICE))

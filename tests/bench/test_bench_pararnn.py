@@ -145,7 +145,7 @@ def test_accelerators_get_the_papers_sizes_and_rates():
 
 
 def test_without_libtpu_schedules_are_left_out_with_a_line(caplog, monkeypatch):
-    monkeypatch.setattr(pararnn.environment, "has_tpu_compiler", lambda: False)
+    monkeypatch.setattr(static_schedules.environment, "has_tpu_compiler", lambda: False)
     settings = pararnn.ParaRnn(lengths=(), lstm_lengths=())
     with caplog.at_level(logging.WARNING):
         assert not list(settings.cases(DEVICE))

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from jaxeff.aot import environment
 from jaxeff.bench.measure import BenchError, Case, Figure, Round, Sample, Variant
 from jaxeff.bench.rows import bleu_baselines as baselines
 from jaxeff.bench.rows import bleu_schedules as schedules
+from jaxeff.bench.rows import static_schedules
 from jaxeff.metrics.bleu import sentence_bleu
 
 VOCABULARY = 151_936
@@ -144,12 +144,7 @@ class Bleu:
         )
 
     def _schedule_cases(self):
-        if not self.schedule_chips:
-            return
-        if not environment.has_tpu_compiler():
-            _log.warning(
-                "static TPU schedules are left out: they need libtpu, %s", environment.TPU_INSTALL
-            )
+        if not static_schedules.can_compile(self.schedule_chips):
             return
         cells = [
             schedules.Cell(batch, length, num_references)

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxeff.aot import environment
 from jaxeff.bench.measure import BenchError, Case, Figure, Round, Sample, Variant
 from jaxeff.bench.rows import pararnn_contenders as ways
 from jaxeff.bench.rows import pararnn_schedules as schedules
+from jaxeff.bench.rows import static_schedules
 from pallas_kernels import doors, linear_recurrence
 
 TOLERANCE = 1e-3  # of states and gradients, relative to the largest of each or to one
@@ -142,12 +142,7 @@ class ParaRnn:
             yield Figure(f"share of memory's rate: {name}", "%", share(name))
 
     def _schedule_cases(self):
-        if not self.schedule_chips:
-            return
-        if not environment.has_tpu_compiler():
-            _log.warning(
-                "static TPU schedules are left out: they need libtpu, %s", environment.TPU_INSTALL
-            )
+        if not static_schedules.can_compile(self.schedule_chips):
             return
         sizes = schedules.Sizes(*self.schedule_sizes)
         for found in schedules.measure_schedules(self.schedule_chips, sizes):

@@ -6,6 +6,7 @@ The compiler reads its settings when it is loaded, and should not take memory fr
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,20 @@ import jax
 from jaxeff.aot import environment
 from jaxeff.aot.targets import parse_target
 from jaxeff.bench.measure import BenchError
+
+_log = logging.getLogger(__name__)
+
+
+def can_compile(chips: Sequence[str]) -> bool:
+    """Whether there are chips to compile for and a compiler; says so where it is missing."""
+    if not chips:
+        return False
+    if not environment.has_tpu_compiler():
+        _log.warning(
+            "static TPU schedules are left out: they need libtpu, %s", environment.TPU_INSTALL
+        )
+        return False
+    return True
 
 
 def from_processes(module: str, chips: Sequence[str], arguments: Sequence[str]) -> list[Any]:
