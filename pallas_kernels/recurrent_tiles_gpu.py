@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import doors
-from pallas_kernels.linear_recurrence.gpu import compose1, compose2
+from pallas_kernels.linear_recurrence.gpu import compose1, compose2, last_step
 from pallas_kernels.recurrent_tiles import Config
 
 GROUP = 8  # steps whose operands a thread asks for while it computes the steps before
@@ -119,11 +119,9 @@ def _shifted(x, block: tl.constexpr):
 @triton.jit
 def _last(x, block: tl.constexpr):
     """The last step's values."""
-    is_last = (tl.arange(0, block) == block - 1)[:, None]
     last = ()
     for part in tl.static_range(len(x)):
-        value = tl.sum(tl.where(is_last, x[part], 0.0), axis=0)[None, :]
-        last = last + (value,)  # noqa: RUF005
+        last = last + (last_step(x[part], block)[None, :],)  # noqa: RUF005
     return last
 
 

@@ -158,7 +158,7 @@ def _save(
 
 
 @triton.jit
-def _last(h, block: tl.constexpr):
+def last_step(h, block: tl.constexpr):
     """The row of the tile's last step."""
     return tl.sum(tl.where((tl.arange(0, block) == block - 1)[:, None], h, 0.0), axis=0)
 
@@ -191,7 +191,7 @@ def diagonal_kernel(
         p, u = tl.associative_scan((p, u), 0, compose1)
         h = p * c[None, :] + u
         _save(out_ptr, h, order, channel, 0, steps, channels, 1, reverse)
-        c = _last(h, block_time)
+        c = last_step(h, block_time)
 
 
 @triton.jit
@@ -223,7 +223,7 @@ def block2_kernel(
         h1 = p10 * c0[None, :] + p11 * c1[None, :] + u1
         _save(out_ptr, h0, order, channel, 0, steps, channels, 2, reverse)
         _save(out_ptr, h1, order, channel, 1, steps, channels, 2, reverse)
-        c0, c1 = _last(h0, block_time), _last(h1, block_time)
+        c0, c1 = last_step(h0, block_time), last_step(h1, block_time)
 
 
 @triton.jit
@@ -266,7 +266,7 @@ def block3_kernel(
         _save(out_ptr, h0, order, channel, 0, steps, channels, 3, reverse)
         _save(out_ptr, h1, order, channel, 1, steps, channels, 3, reverse)
         _save(out_ptr, h2, order, channel, 2, steps, channels, 3, reverse)
-        c0, c1, c2 = _last(h0, block_time), _last(h1, block_time), _last(h2, block_time)
+        c0, c1, c2 = last_step(h0, block_time), last_step(h1, block_time), last_step(h2, block_time)
 
 
 KERNELS = {1: diagonal_kernel, 2: block2_kernel, 3: block3_kernel}
